@@ -1,0 +1,142 @@
+"""The model directory: the one contract between training and serving (DESIGN.md, "Steps").
+
+It is what TGI and the AWS sample read (config.json, medusa_lm_head.safetensors, tokenizer, base-model/), plus
+gorgon.json (head kind, format version, provenance) and, once tuned, tree.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from gorgon.artifacts import link_tree, write_json
+from gorgon.core.heads import MedusaHeads
+from gorgon.errors import ModelError
+
+HEADS_FILE = "medusa_lm_head.safetensors"
+BASE = "base-model"
+FORMAT = 1
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def write_model_directory(
+    out: Path, *, heads: MedusaHeads, backbone_dir: str | Path, provenance: dict[str, Any]
+) -> None:
+    """Writes heads and backbone in the published layout; the backbone's files are hard-linked where possible.
+
+    Args: backbone_dir: a directory, or a hub id that transformers has in its cache.
+    """
+    source = _local_backbone(backbone_dir)
+    link_tree(source, out / BASE, skip=frozenset({"manifest.json", "tensorboard", "README.md"}))
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            (out / name).write_bytes((source / name).read_bytes())
+    tensors = {key: value.detach().cpu().contiguous() for key, value in heads.state_dict().items()}
+    save_file(tensors, out / HEADS_FILE, metadata={"format": "pt"})
+    write_json(
+        out / "config.json",
+        {
+            "medusa_num_heads": len(heads),
+            "medusa_num_layers": heads.num_layers,
+            "base_model_name_or_path": BASE,
+            "hidden_size": heads.hidden_size,
+            "vocab_size": heads.vocab_size,
+            "version": "1",  # v1: every head has its own vocabulary projection
+        },
+    )
+    write_json(out / "gorgon.json", {"format": FORMAT, "head_kind": "medusa", **provenance})
+
+
+def _local_backbone(name: str | Path) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ModelError(f"cannot fetch '{name}' from the hub", field="model", value=str(name)) from error
+
+
+def read_model_config(directory: str | Path) -> dict[str, Any]:
+    """The heads' config.json, checked.
+
+    Raises: ModelError when this is not a model directory with heads.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            "not a model directory with heads: config.json is missing", field="model", value=str(directory),
+            hint="give the output of `gorgon train-heads` or `gorgon tune`",
+        )  # fmt: skip
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON", field="config.json") from error
+    for key in ("medusa_num_heads", "medusa_num_layers", "base_model_name_or_path"):
+        if key not in config:
+            raise ModelError(
+                f"{path} does not describe Medusa heads: '{key}' is missing", field=key,
+                hint="a plain backbone has no heads; `gorgon train-heads` makes them",
+            )  # fmt: skip
+    return config
+
+
+def base_model(directory: str | Path) -> str:
+    """Where the backbone of a model directory is: relative names are relative to the directory."""
+    name = str(read_model_config(directory)["base_model_name_or_path"])
+    inside = Path(directory) / name
+    return str(inside) if inside.is_dir() else name
+
+
+def load_heads(directory: str | Path, *, hidden_size: int, vocab_size: int) -> MedusaHeads:
+    """The heads of a model directory, every tensor accounted for.
+
+    Args: hidden_size, vocab_size: the backbone's, which the heads must fit.
+    Raises: ModelError naming the first missing, surplus or mis-shaped tensor, or an unreadable file.
+    """
+    config = read_model_config(directory)
+    path = Path(directory) / HEADS_FILE
+    if not path.is_file():
+        raise ModelError(f"{HEADS_FILE} is missing", field="model", value=str(directory))
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot read {path}: {error}", hint="the file is cut short or not safetensors") from error
+    with torch.device("meta"):
+        heads = MedusaHeads(int(config["medusa_num_heads"]), int(config["medusa_num_layers"]), hidden_size, vocab_size)
+    expected = {key: tuple(value.shape) for key, value in heads.state_dict().items()}
+    for key in sorted(expected.keys() - tensors.keys()):
+        raise ModelError(
+            f"{path} lacks the tensor '{key}'", field=key,
+            hint="medusa_num_heads and medusa_num_layers in config.json must describe the file",
+        )  # fmt: skip
+    for key in sorted(tensors.keys() - expected.keys()):
+        raise ModelError(
+            f"{path} has the surplus tensor '{key}'", field=key,
+            hint="medusa_num_heads and medusa_num_layers in config.json must describe the file",
+        )  # fmt: skip
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
+            raise ModelError(
+                f"the tensor '{key}' does not fit the backbone", field=key,
+                value=tuple(tensors[key].shape), allowed=str(shape),
+                hint="these heads were trained for another backbone",
+            )  # fmt: skip
+    heads.load_state_dict(tensors, assign=True)
+    return heads.eval().requires_grad_(False)
+
+
+def heads_summary(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of the heads' file, without loading it."""
+    with safe_open(Path(directory) / HEADS_FILE, framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
