@@ -332,9 +332,7 @@ def require_step_file(directory: str | Path | None, name: str, *, field: str, st
     Raises: GorgonError naming the setting `field`, the directory and the step that makes it.
     """
     if directory is None:
-        raise GorgonError(
-            f"no directory given for '{field}'", field=field, hint=f"give the output of `gorgon {step}`"
-        )
+        raise GorgonError(f"no directory given for '{field}'", field=field, hint=f"give the output of `gorgon {step}`")
     path = Path(directory) / name
     if not path.is_file():
         raise DataError(f"there is no {name} here", file=directory, field=field, hint=f"`gorgon {step}` writes it")

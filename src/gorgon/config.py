@@ -130,7 +130,6 @@ class TuneConfig(StepConfig):
         [0, 2, 4, 6, 8], description="Lengths of the n-gram branch to try; [0] turns the branch off."
     )
     trials: int = Field(5, ge=3, description="Timing passes per tree size; the median counts.")
-    threads: list[int] = Field([], description="CPU thread counts to try; [] keeps torch's own.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
     seed: int = Field(42, description="Seed of the prompt choice.")
 

@@ -97,7 +97,7 @@ class MissingDependencyError(GorgonError):
     """An optional package or a device that a setting asks for is not there."""
 
 
-class Interrupted(GorgonError):
+class Interrupted(GorgonError):  # noqa: N818 - a request to stop, not a fault
     """SIGTERM or SIGINT was received; what was finished is kept where the message says.
 
     Exit code 143, the shell's code for SIGTERM: the work is not done, and the same command resumes it.

@@ -5,9 +5,11 @@ Source: Medusa, arXiv:2401.10774, section 2.1. Shapes: N positions, K heads, H h
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import silu
 
 from gorgon.errors import ShapeError
 
@@ -27,7 +29,7 @@ class ResBlock(nn.Module):
 
     def forward(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] to [N, H]."""
-        result: Tensor = hidden_NH + F.silu(self.linear(hidden_NH))
+        result: Tensor = hidden_NH + silu(self.linear(hidden_NH))
         return result
 
 
@@ -64,13 +66,48 @@ class MedusaHeads(nn.ModuleList):
             )  # fmt: skip
         with torch.no_grad():
             for head in self:
-                head[-1].weight.copy_(lm_head_VH)
+                cast(Tensor, cast(nn.Sequential, head)[-1].weight).copy_(lm_head_VH)
 
     def head(self, k: int, hidden_NH: Tensor) -> Tensor:
         """Logits [N, V] of head k alone: training goes head by head so that [K, N, V] never exists."""
-        result: Tensor = self[k](hidden_NH)
+        result: Tensor = cast(nn.Sequential, self[k])(hidden_NH)
         return result
 
     def forward(self, hidden_NH: Tensor) -> Tensor:
         """Logits [K, N, V] of all heads."""
         return torch.stack([head(hidden_NH) for head in self])
+
+
+class PackedHeads:
+    """The first K' heads with their weights stacked, so that one position costs three batched products.
+
+    Decoding reads one hidden state per step; head by head, the call overhead would exceed the arithmetic.
+    """
+
+    def __init__(self, heads: MedusaHeads, count: int) -> None:
+        if not 0 <= count <= len(heads):
+            raise ShapeError("the tree is deeper than there are heads", field="heads", value=count,
+                             allowed=f"0 to {len(heads)}")  # fmt: skip
+        chosen = [cast(nn.Sequential, heads[k]) for k in range(count)]
+        self.count = count
+        self._blocks = [
+            (
+                torch.stack([cast(ResBlock, head[j]).linear.weight.detach() for head in chosen]).transpose(1, 2),
+                torch.stack([cast(ResBlock, head[j]).linear.bias.detach() for head in chosen]).unsqueeze(1),
+            )
+            for j in range(heads.num_layers if count else 0)
+        ]
+        weights = [cast(Tensor, head[-1].weight).detach() for head in chosen]
+        self._projection_KHV = torch.stack(weights).transpose(1, 2) if count else None
+
+    def __call__(self, hidden_1H: Tensor) -> Tensor:
+        """Logits [K', V] of one position.
+
+        Invariant: equal to `MedusaHeads.forward` at that position up to rounding; drafts need no more, because every
+        token is verified by the backbone.
+        """
+        assert self._projection_KHV is not None
+        x_K1H = hidden_1H.expand(self.count, 1, -1)
+        for weight_KHH, bias_K1H in self._blocks:
+            x_K1H = x_K1H + silu(torch.baddbmm(bias_K1H, x_K1H, weight_KHH))
+        return torch.bmm(x_K1H, self._projection_KHV).squeeze(1)

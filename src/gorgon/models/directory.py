@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from gorgon.artifacts import link_tree, write_json
 from gorgon.core.heads import MedusaHeads
+from gorgon.core.tree import DraftTree
 from gorgon.errors import ModelError
 
 HEADS_FILE = "medusa_lm_head.safetensors"
@@ -140,3 +141,24 @@ def heads_summary(directory: str | Path) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape of the heads' file, without loading it."""
     with safe_open(Path(directory) / HEADS_FILE, framework="pt") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def read_tree(directory: str | Path, *, batch_size: int = 1) -> DraftTree:
+    """The tuned tree for a batch size, from tree.json.
+
+    Raises: ModelError when there is none or it is malformed; ShapeError when it is not a tree.
+    """
+    path = Path(directory) / "tree.json"
+    if not path.is_file():
+        raise ModelError(
+            "the model directory has no tuned tree: tree.json is missing", field="model", value=str(directory),
+            hint="`gorgon tune` measures this machine and writes it",
+        )  # fmt: skip
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        entry = next(t for t in document["trees"] if t["batch_size"] == batch_size)
+        return DraftTree.of(entry["paths"], ngram=int(entry["ngram"]))
+    except StopIteration:
+        raise ModelError(f"{path} has no tree for batch size {batch_size}", field="batch_size") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is not a valid tree file: {error}", hint="run `gorgon tune` again") from error
