@@ -148,6 +148,7 @@ class CompareConfig(StepConfig):
     extra_nodes: list[int] = Field([], description="Also measure the best tree of each of these sizes.")
     examples: int = Field(6, ge=0, description="Example answers shown in the report.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
+    seed: int = Field(42, description="Seed of the prompt choice.")
 
 
 STEPS: dict[str, type[StepConfig]] = {
@@ -219,7 +220,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             problems.append(f"'--set {text}' is not of the form key=value")
             continue
         try:
-            parsed[key.strip()] = _yaml_scalar(value)
+            parsed[key.strip()] = parse_value(value)
         except yaml.YAMLError:
             problems.append(f"'--set {text}': the value is not valid YAML")
     if problems:
@@ -227,8 +228,8 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def _yaml_scalar(text: str) -> Any:
-    """YAML, except that `1e-3` is a number, as every user means it (YAML 1.1 reads it as a string)."""
+def parse_value(text: str) -> Any:
+    """A value from the command line: YAML, except that `1e-3` is a number, as every user means it (YAML 1.1 reads it as a string)."""
     value = yaml.safe_load(text)
     if isinstance(value, str):
         try:
