@@ -229,7 +229,10 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A value from the command line: YAML, except that `1e-3` is a number, as every user means it (YAML 1.1 reads it as a string)."""
+    """A value from the command line: YAML, except that `1e-3` is a number, as every user means it.
+
+    YAML 1.1 reads it as a string.
+    """
     value = yaml.safe_load(text)
     if isinstance(value, str):
         try:

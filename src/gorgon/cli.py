@@ -1,0 +1,240 @@
+"""The command line: parse, build a configuration, make one call, print; heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gorgon.config import STEPS, StepConfig, build, parse_value
+from gorgon.errors import GorgonError
+
+app = typer.Typer(
+    name="gorgon",
+    help="Makes a fine-tuned language model answer several times faster with exactly the same answers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+ForceFlag = Annotated[bool, typer.Option("--force", help="Run even if nothing has changed since the last run.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Directory to write.")]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="STEP.KEY=VALUE", help="Change a setting; repeatable.")]
+
+
+def _print_json(document: object) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _step_command(step: str, kind: type[StepConfig]) -> Callable[..., None]:
+    """A command with one option per setting of the step."""
+
+    def command(out: Path, force: bool, as_json: bool, **given: str | None) -> None:
+        from gorgon.interrupts import graceful
+        from gorgon.pipeline import run_one
+
+        values = {name: _typed(kind, name, text) for name, text in given.items() if text is not None}
+        with graceful():
+            result = run_one(build(kind, values, step=step), out, force=force)
+        if as_json:
+            _print_json({"directory": str(result.directory), "reused": result.reused, **result.manifest})
+        else:
+            print(result.directory)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("out", keyword, annotation=OutOption),
+        inspect.Parameter("force", keyword, default=False, annotation=ForceFlag),
+        inspect.Parameter("as_json", keyword, default=False, annotation=JsonFlag),
+    ]
+    for name, field in kind.model_fields.items():
+        shown = "none" if field.default is None else json.dumps(field.default)
+        option = typer.Option(
+            f"--{name.replace('_', '-')}", metavar="VALUE", show_default=False, help=f"{field.description} [{shown}]"
+        )
+        parameters.append(inspect.Parameter(name, keyword, default=None, annotation=Annotated[str | None, option]))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = kind.__doc__
+    return command
+
+
+def _typed(kind: type[StepConfig], name: str, text: str) -> Any:
+    """A setting's text as YAML, except where the setting is text and `007` must stay what it is."""
+    value = parse_value(text)
+    is_text = "str" in str(kind.model_fields[name].annotation)
+    return text if is_text and not isinstance(value, (list, dict, type(None))) else value
+
+
+for _step, _kind in STEPS.items():
+    app.command(_step)(_step_command(_step, _kind))
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a built-in recipe.")],
+    assignments: SetOption = [],  # noqa: B006 - typer copies it
+    out: Annotated[Path | None, typer.Option(help="Directory for all steps [runs/NAME].")] = None,
+    force: ForceFlag = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved steps and stop.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Runs a recipe: its steps in order, each reused when nothing changed."""
+    from gorgon.interrupts import graceful
+    from gorgon.pipeline import find_recipe, load_recipe, run_recipe
+
+    path = find_recipe(recipe)
+    directory = out if out is not None else Path("runs") / path.stem
+    loaded = load_recipe(path, assignments, directory)
+    if dry_run:
+        steps = {step: config.model_dump(mode="json") for step, config in loaded.steps.items()}
+        _print_json({"name": loaded.name, "description": loaded.description, "out": str(directory), "steps": steps})
+        return
+    with graceful():
+        results = run_recipe(loaded, directory, force=force)
+    summary = None
+    if "compare" in results:
+        summary = json.loads((directory / "compare" / "summary.json").read_text(encoding="utf-8"))
+    if as_json:
+        steps = {step: {"directory": str(r.directory), "reused": r.reused, "seconds": r.manifest["seconds"],
+                        "metrics": r.manifest["metrics"]} for step, r in results.items()}  # fmt: skip
+        _print_json({"name": loaded.name, "steps": steps, "summary": summary})
+    elif summary is not None:
+        _print_summary(summary, directory / "compare")
+    else:
+        print(directory)
+
+
+@app.command()
+def quickstart(
+    assignments: SetOption = [],  # noqa: B006 - typer copies it
+    out: Annotated[Path | None, typer.Option(help="Directory for all steps [runs/quickstart].")] = None,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Runs the built-in recipe `quickstart`: everything, on the embedded model and sample, in a few minutes."""
+    run("quickstart", assignments, out, force, False, as_json)
+
+
+def _print_summary(summary: dict[str, Any], directory: Path) -> None:
+    speed, latency = summary["speedup"], summary["latency_ms"]
+    print(f"exact match with plain decoding   {summary['exact_match']:.4f}")
+    print(f"tokens per step                   {summary['tokens_per_step']:.2f}")
+    print(f"speed-up over plain decoding      {speed['vs_plain']:.2f}x")
+    print(f"speed-up over transformers        {speed['vs_transformers']:.2f}x")
+    for name in ("plain", "medusa", "transformers"):
+        row = latency[name]
+        print(f"latency {name:<13} mean {row['mean']:.1f} ms   p50 {row['p50']:.1f}   p90 {row['p90']:.1f}")
+    print(f"report: {directory / 'report.html'}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Directory that `tune` wrote.")],
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' reads it from stdin.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Prompts instead: a text file (one per line) or JSONL.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message, such as the schema.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer, in tokens.")] = 256,
+    stop: Annotated[list[str], typer.Option(help="A string that ends the answer; repeatable.")] = [],  # noqa: B006
+    plain: Annotated[bool, typer.Option("--plain", help="Decode without drafts, to compare.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Answers a prompt, or every prompt of a file, as it decodes; speed goes to stderr."""
+    from gorgon.decode.prompts import conversation, read_prompts
+
+    if (prompt is None) == (file is None):
+        raise GorgonError(
+            "give either a prompt or --file", field="prompt", hint="gorgon generate MODEL 'your question'"
+        )
+    if file is not None:
+        chats = read_prompts(file, system)
+    else:
+        chats = [conversation(sys.stdin.read() if prompt == "-" else str(prompt), system)]
+
+    from gorgon.data.chat import encode_prompt
+    from gorgon.decode.engine import load_engine
+    from gorgon.decode.text import TextStream
+    from gorgon.progress import say
+
+    engine = load_engine(model)
+    engine = engine.plain() if plain else engine
+    tokenizer = engine.backbone.tokenizer
+    answers = []
+    for messages in chats:
+        stream = TextStream(tokenizer, stop)
+        shown = taken = 0
+        for generation in engine.stream(encode_prompt(tokenizer, messages), max_new_tokens=max_new_tokens, stop=stop):
+            for token in generation.token_ids[taken:]:
+                stream.push(token)
+            taken = len(generation.token_ids)
+            if not as_json:
+                sys.stdout.write(stream.text[shown:])
+                sys.stdout.flush()
+                shown = max(shown, len(stream.text))
+        rest = stream.finish()
+        if not as_json:
+            print(rest[shown:])
+        seconds = max(generation.seconds, 1e-9)
+        rate = len(generation.token_ids) / seconds
+        answers.append(
+            {"text": rest, "tokens": len(generation.token_ids), "finish": generation.finish,
+             "tokens_per_step": round(generation.tokens_per_step, 3), "tokens_per_s": round(rate, 1),
+             "seconds": round(seconds, 4)}
+        )  # fmt: skip
+        say(
+            f"{len(generation.token_ids)} tokens, {generation.tokens_per_step:.2f} tokens per step, {rate:.0f} tokens/s"
+        )
+    if as_json:
+        _print_json(answers)
+
+
+@app.command("inspect")
+def inspect_(
+    model: Annotated[str, typer.Argument(help="A model directory, with or without heads, or 'embedded'.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Shows what a model directory holds: backbone, heads, tree, provenance."""
+    from gorgon.models.inspect import inspect_model
+
+    facts = inspect_model(model)
+    if as_json:
+        _print_json(facts)
+        return
+    for part in ("backbone", "heads", "tree", "provenance"):
+        print(part)
+        for key, value in (facts.get(part) or {"-": "none"}).items():
+            print(f"  {key:<24} {value}")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("gorgon-llm"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: runs a command; a typed error becomes a message on stderr and its exit code, never a traceback."""
+    try:
+        app()
+    except GorgonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"\nhint: {error.hint}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""A recipe: steps chained by their directories, each run in order or reused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gorgon.artifacts import StepResult
+from gorgon.config import (
+    EMBEDDED,
+    STEPS,
+    CompareConfig,
+    DistillConfig,
+    FinetuneConfig,
+    PrepareConfig,
+    StepConfig,
+    TrainHeadsConfig,
+    TuneConfig,
+    build,
+    nearest,
+    parse_assignments,
+    read_yaml,
+)
+from gorgon.errors import ConfigError
+from gorgon.progress import say
+
+RECIPES = Path(__file__).parent / "recipes"
+RECIPE_KEYS = ("name", "description", "model", *STEPS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named chain of steps with their resolved configurations, in the order in which they run."""
+
+    name: str
+    description: str
+    steps: dict[str, StepConfig]
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's file from a path, or from the name of a recipe that ships with the package.
+
+    Raises: ConfigError naming the recipes there are.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    built_in = RECIPES / f"{name}.yaml"
+    if not built_in.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        raise ConfigError(
+            [f"there is no recipe '{name}': {nearest(name, known)}"], hint="give a built-in recipe's name, or a file"
+        )
+    return built_in
+
+
+def load_recipe(path: Path, assignments: Sequence[str], out: Path) -> Recipe:
+    """Reads a recipe, applies `step.key=value` assignments, and fills in each step's inputs from the steps before it.
+
+    A step runs when its section is there; `--set finetune=null` leaves one out. A recipe's `model` is the backbone to
+    start from.
+    Args: out: directory under which each step gets its own.
+    Raises: ConfigError with every problem found.
+    """
+    document = read_yaml(path)
+    problems = [f"unknown key '{k}' in {path}: {nearest(k, RECIPE_KEYS)}" for k in document if k not in RECIPE_KEYS]
+    problems += [
+        f"'{step}' in {path} must be a mapping of settings; {{}} takes every default"
+        for step in STEPS
+        if not isinstance(document.get(step, {}), dict)
+    ]
+    sections = {step: dict(document[step]) for step in STEPS if isinstance(document.get(step), dict)}
+    model = str(document.get("model", EMBEDDED))
+    for key, value in parse_assignments(assignments).items():
+        step, dot, name = key.partition(".")
+        if key == "model":
+            model = str(value)
+        elif step not in STEPS:
+            problems.append(f"unknown key '{key}' in --set: {nearest(step, ['model', *STEPS])}")
+        elif dot:
+            sections.setdefault(step, {})[name] = value
+        elif value is None:
+            sections.pop(step, None)
+        else:
+            problems.append(
+                f"'--set {key}=...' needs a setting, as in {key}.NAME=VALUE (or {key}=null to leave it out)"
+            )
+    steps: dict[str, StepConfig] = {}
+    for step, values in _wired(sections, model, out).items():
+        try:
+            steps[step] = build(STEPS[step], values, step=step)
+        except ConfigError as error:
+            problems.extend(error.problems)
+    if not steps and not problems:
+        problems.append(f"{path} has no steps; give at least one of: {', '.join(STEPS)}")
+    if problems:
+        raise ConfigError(problems, hint="`gorgon STEP --help` lists a step's settings with their defaults")
+    return Recipe(str(document.get("name", path.stem)), str(document.get("description", "")).strip(), steps)
+
+
+def _wired(sections: Mapping[str, dict[str, Any]], model: str, out: Path) -> dict[str, dict[str, Any]]:
+    """Sections in running order with their inputs: the outputs of earlier steps, unless the recipe names others."""
+    wired = {}
+    backbone, data, with_heads = model, str(out / "prepare"), str(out / "train-heads")
+    for step in STEPS:
+        if step not in sections:
+            continue
+        inputs = {
+            "prepare": {"model": model},
+            "finetune": {"model": model, "data": data},
+            "distill": {"model": backbone, "data": data},
+            "train-heads": {"model": backbone, "data": str(out / "distill") if "distill" in sections else data},
+            "tune": {"model": with_heads, "data": data},
+            "compare": {"model": str(out / "tune"), "data": data},
+        }[step]
+        wired[step] = {**inputs, **sections[step]}
+        if step == "finetune":
+            backbone = str(out / "finetune")
+    return wired
+
+
+def run_recipe(recipe: Recipe, out: Path, *, force: bool = False) -> dict[str, StepResult]:
+    """Runs the steps in order; a step whose settings and inputs are unchanged is reused.
+
+    Raises: what the steps raise; steps finished before stay and are reused by the next run.
+    """
+    results = {}
+    for number, (step, config) in enumerate(recipe.steps.items(), start=1):
+        say(f"[{number}/{len(recipe.steps)}] {step}")
+        results[step] = run_one(config, out / step, force=force)
+        done = results[step]
+        how = "unchanged, reused" if done.reused else f"done in {done.manifest['seconds']:.0f} s"
+        say(f"      {how}: {out / step}")
+        for warning in done.manifest.get("warnings", []):
+            say(f"      note: {warning}")
+    return results
+
+
+def run_one(config: StepConfig, out: Path, *, force: bool = False) -> StepResult:
+    """Runs the step that a configuration belongs to; heavy imports happen here, so that `gorgon --help` is instant."""
+    match config:
+        case PrepareConfig():
+            from gorgon.data.prepare import prepare
+            from gorgon.models.backbone import load_tokenizer
+
+            return prepare(config, out, tokenizer=load_tokenizer(config.model), force=force)
+        case FinetuneConfig():
+            from gorgon.train.finetune import finetune
+
+            return finetune(config, out, force=force)
+        case DistillConfig():
+            from gorgon.decode.distill import distill
+
+            return distill(config, out, force=force)
+        case TrainHeadsConfig():
+            from gorgon.train.heads import train_heads
+
+            return train_heads(config, out, force=force)
+        case TuneConfig():
+            from gorgon.decode.tune import tune
+
+            return tune(config, out, force=force)
+        case CompareConfig():
+            from gorgon.bench.compare import compare
+
+            return compare(config, out, force=force)
+    raise AssertionError(f"no step for {type(config).__name__}")
