@@ -1,0 +1,198 @@
+"""The report's figures. Each takes plain numbers and returns an `<svg>` element."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from gorgon.bench import svg
+from gorgon.bench.decoders import MEDUSA, PLAIN, TRANSFORMERS
+
+LABELS = {MEDUSA: "Gorgon, Medusa heads", PLAIN: "Gorgon, plain decoding", TRANSFORMERS: "transformers.generate"}
+COLORS = {MEDUSA: svg.MEDUSA, PLAIN: svg.PLAIN, TRANSFORMERS: svg.TRANSFORMERS}
+_DASHES = {MEDUSA: "-", PLAIN: (0, (5, 1.6)), TRANSFORMERS: (0, (1.2, 1.6))}
+_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
+
+
+def latency(medians_ms: Mapping[str, Sequence[float]]) -> str:
+    """Cumulative distribution of the latencies: decoder name -> one latency per prompt, in ms."""
+    with svg.drawing(3.1) as (figure, axes):
+        for name in (TRANSFORMERS, PLAIN, MEDUSA):
+            ordered = sorted(medians_ms[name])
+            shares = [(i + 1) / len(ordered) for i in range(len(ordered))]
+            axes.step([ordered[0], *ordered], [0, *shares], where="post", color=COLORS[name],
+                      linestyle=_DASHES[name], label=LABELS[name])  # fmt: skip
+        axes.set(xlabel="Latency of one answer (ms)", ylim=(0, 1.02), xlim=(0, None))
+        axes.yaxis.set_major_formatter(_PERCENT)
+        axes.axhline(0.5, color=svg.MUTED, linewidth=0.6, linestyle=(0, (2, 2)), zorder=0)
+        _legend_above(axes)
+        means = ", ".join(f"{LABELS[n]} {statistics.median(v):.1f} ms" for n, v in medians_ms.items() if n in LABELS)
+        return svg.embed(
+            figure, "latency", "Share of prompts answered within a time",
+            f"Three rising curves; further left is faster. Median prompt: {means}.",
+        )  # fmt: skip
+
+
+def paired(plain_ms: Sequence[float], medusa_ms: Sequence[float]) -> str:
+    """Each prompt's plain latency against its Medusa latency, with lines of equal speed-up."""
+    with svg.drawing(3.1) as (figure, axes):
+        right, top = 1.05 * max(plain_ms), 1.08 * max(*medusa_ms, max(plain_ms) / 2)
+        for factor in (1, 2, 3, 4, 6):
+            axes.plot([0, right], [0, right / factor], color=svg.RULE, linewidth=0.8, zorder=0)
+            at = min(right, top * factor)
+            axes.annotate(f"{factor}×", (at, at / factor), color=svg.MUTED, fontsize=7.5, xytext=(-2, 1),
+                          textcoords="offset points", ha="right", va="bottom")  # fmt: skip
+        axes.scatter(plain_ms, medusa_ms, s=11, color=svg.MEDUSA, alpha=0.55, linewidths=0)
+        axes.set(xlim=(0, right), ylim=(0, top), xlabel="Plain decoding (ms)", ylabel="Medusa heads (ms)")
+        axes.grid(visible=False)
+        faster = sum(m < p for p, m in zip(plain_ms, medusa_ms, strict=True))
+        return svg.embed(
+            figure, "paired", "Latency of each prompt, plain against Medusa",
+            f"One dot per prompt; {faster} of {len(plain_ms)} lie below the line of equal speed, so they got faster.",
+        )  # fmt: skip
+
+
+def accepted(histogram: Mapping[str, int]) -> str:
+    """Steps by the number of tokens that they emitted."""
+    total = sum(histogram.values()) or 1
+    tokens, shares = [int(k) for k in histogram], [v / total for v in histogram.values()]
+    with svg.drawing(2.7) as (figure, axes):
+        bars = axes.bar(tokens, shares, color=svg.MEDUSA, width=0.72)
+        for rectangle, share in zip(bars, shares, strict=True):
+            axes.annotate(_share(share), (rectangle.get_x() + rectangle.get_width() / 2, share), xytext=(0, 2),
+                          textcoords="offset points", ha="center", va="bottom", fontsize=8)  # fmt: skip
+        axes.set(xlabel="Tokens emitted by one step", xticks=tokens)
+        axes.set_ylabel("Share of steps")
+        axes.yaxis.set_major_formatter(_PERCENT)
+        axes.margins(y=0.12)
+        return svg.embed(
+            figure, "accepted", "Steps by the number of tokens they emitted",
+            "; ".join(f"{t} tokens: {_share(s)} of steps" for t, s in zip(tokens, shares, strict=True)) + ".",
+        )  # fmt: skip
+
+
+def head_accuracy(accuracy: Sequence[Sequence[float]]) -> str:
+    """accuracy[head][k - 1]: share of held-out positions whose token is among the head's k most likely."""
+    with svg.drawing(3.0) as (figure, axes):
+        for head, row in enumerate(accuracy):
+            ks = range(1, len(row) + 1)
+            axes.plot(ks, row, color=svg.MEDUSA, alpha=_fade(head, len(accuracy)), marker="o", markersize=2.6)
+        _label_lines(axes, [row[-1] for row in accuracy], len(accuracy[0]) + 0.15)
+        axes.set(xlabel="Among the head's k most likely tokens", ylim=(0, 1), xticks=range(1, len(accuracy[0]) + 1))
+        axes.yaxis.set_major_formatter(_PERCENT)
+        firsts = ", ".join(f"head {i} {_share(row[0])}" for i, row in enumerate(accuracy))
+        return svg.embed(
+            figure, "heads", "Accuracy of each head, top 1 to top 8",
+            f"One rising curve per head, the nearest head highest. Top 1: {firsts}.",
+        )  # fmt: skip
+
+
+def learning(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Top-1 accuracy of each head at each evaluation of the training."""
+    steps = [e["step"] for e in evaluations]
+    heads = len(evaluations[0]["accuracy"])
+    with svg.drawing(3.0) as (figure, axes):
+        for head in range(heads):
+            axes.plot(steps, [e["accuracy"][head][0] for e in evaluations], color=svg.MEDUSA,
+                      alpha=_fade(head, heads), marker="o", markersize=2.6)  # fmt: skip
+        span = max(steps) - min(steps) or 1
+        _label_lines(axes, [row[0] for row in evaluations[-1]["accuracy"]], max(steps) + 0.025 * span)
+        axes.set(xlabel="Optimizer step", ylim=(0, None))
+        axes.yaxis.set_major_formatter(_PERCENT)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        return svg.embed(
+            figure, "learning", "Top-1 accuracy of each head during training",
+            f"{heads} curves over {len(evaluations)} evaluations, the last at step {steps[-1]}.",
+        )  # fmt: skip
+
+
+def step_cost(curve: Sequence[Mapping[str, float]], chosen: int) -> str:
+    """Measured time of one step against the number of nodes it verifies."""
+    ordered = sorted(curve, key=lambda c: c["nodes"])
+    nodes, times = [c["nodes"] for c in ordered], [c["step_ms"] for c in ordered]
+    with svg.drawing(2.7) as (figure, axes):
+        axes.plot(nodes, times, color=svg.PLAIN, marker="o", markersize=2.8)
+        _mark(axes, chosen, _interpolate(nodes, times, chosen), f"chosen: {chosen} nodes")
+        axes.set(xlabel="Nodes of the tree, root included", ylabel="One step (ms)", ylim=(0, 1.2 * max(times)))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        return svg.embed(
+            figure, "cost", "Time of a step against the size of its tree",
+            f"From {times[0]:.2f} ms at {nodes[0]} nodes to {times[-1]:.2f} ms at {nodes[-1]}.",
+        )  # fmt: skip
+
+
+def candidate_rates(candidates: Sequence[Mapping[str, float]], chosen_nodes: int, chosen_ngram: int) -> str:
+    """Tokens per second that the calibration predicts for each tree considered, one line per n-gram length."""
+    with svg.drawing(2.7) as (figure, axes):
+        lengths = sorted({int(c["ngram"]) for c in candidates})
+        best = max(candidates, key=lambda c: c["tokens_per_s"])
+        ends = []
+        for length in lengths:
+            points = sorted((c["nodes"], c["tokens_per_s"]) for c in candidates if c["ngram"] == length)
+            strong = length == chosen_ngram
+            axes.plot(*zip(*points, strict=True), color=svg.NGRAM if length else svg.MEDUSA, marker="o", markersize=2.2,
+                      linewidth=2 if strong else 1.1, alpha=1 if strong else 0.5)  # fmt: skip
+            ends.append((points[-1], length))
+        right = max(c["nodes"] for c in candidates)
+        labels = _spread([e[0][1] for e in ends], 0.075 * 1.15 * best["tokens_per_s"])
+        for ((x, _), length), y in zip(ends, labels, strict=True):
+            text = f"n-gram {length}" if length else "heads only"
+            axes.text(max(x, right) + 0.02 * right, y, text, fontsize=7.5, va="center", color=svg.MUTED)
+        here = [c["tokens_per_s"] for c in candidates if c["nodes"] == chosen_nodes and c["ngram"] == chosen_ngram]
+        if here:
+            _mark(axes, chosen_nodes, here[0], f"chosen: {chosen_nodes} nodes")
+        axes.set(xlabel="Nodes of the tree, root included", ylabel="Predicted tokens/s",
+                 ylim=(0, 1.2 * best["tokens_per_s"]))  # fmt: skip
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        return svg.embed(
+            figure, "candidates", "Predicted tokens per second of each tree considered",
+            f"{len(candidates)} trees; the best has {best['nodes']} nodes, {best['ngram']} of them an n-gram branch, "
+            f"and {best['tokens_per_s']:.0f} tokens per second.",
+        )  # fmt: skip
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.0f} %" if value >= 0.01 or value == 0 else "<1 %"
+
+
+def _fade(index: int, count: int) -> float:
+    return 1 - 0.65 * index / max(count - 1, 1)
+
+
+def _label_lines(axes: Axes, ends: Sequence[float], x: float) -> None:
+    """Names the heads at the right end of their lines, moved apart where they would overlap."""
+    for head, y in enumerate(_spread(ends, 0.055)):
+        axes.text(x, y, f"head {head}", fontsize=7.5, va="center", color=svg.MUTED)
+
+
+def _spread(values: Sequence[float], gap: float) -> list[float]:
+    """The values, each moved down as little as keeps them `gap` apart, from the highest down."""
+    placed = [0.0] * len(values)
+    last = float("inf")
+    for index in sorted(range(len(values)), key=lambda i: -values[i]):
+        last = min(values[index], last - gap)
+        placed[index] = last
+    return placed
+
+
+def _interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    for (x0, y0), (x1, y1) in zip(zip(xs, ys, strict=True), zip(xs[1:], ys[1:], strict=True), strict=False):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return ys[0] if x < xs[0] else ys[-1]
+
+
+def _mark(axes: Axes, x: float, y: float, text: str) -> None:
+    """A ring at the chosen point, and its name at the foot of the plot, where no line runs."""
+    axes.plot([x, x], [0, y], color=svg.MUTED, linewidth=0.7, linestyle=(0, (2, 2)), zorder=0)
+    axes.plot([x], [y], marker="o", markersize=8, markerfacecolor="none", markeredgecolor=svg.INK, markeredgewidth=1.2)
+    axes.annotate(text, (x, 0), xytext=(4, 5), textcoords="offset points", ha="left", va="bottom", fontsize=8)
+
+
+def _legend_above(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="lower right", handlelength=2.2)
