@@ -79,11 +79,12 @@ def compare(config: CompareConfig, out: Path, *, force: bool = False) -> StepRes
             key: summary[key] for key in ("exact_match", "speedup", "tokens_per_step", "latency_ms", "tokens_per_s")
         }
         if summary["exact_match"] < 1:
-            run.warnings.append(f"{len(summary['differing'])} answers differ from plain decoding")
+            count = len({d.prompt for d in series[MEDUSA].differences})
+            run.warnings.append(f"{count} answers differ from plain decoding")
         say(
             f"{summary['speedup']['vs_plain']:.2f} times as fast as plain decoding, "
             f"{summary['speedup']['vs_transformers']:.2f} times as transformers.generate; "
-            f"{summary['tokens_per_step'] or 0:.2f} tokens per step; same answers: {100 * summary['exact_match']:.1f} %"
+            f"{summary['tokens_per_step']:.2f} tokens per step; same answers: {100 * summary['exact_match']:.1f} %"
         )
 
     inputs = {"model": config.model, "data": config.data}
@@ -117,19 +118,17 @@ def single_request(tuned: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def best_tree(tuned: Mapping[str, Any], size: int) -> DraftTree:
-    """The best tree of `size` nodes by the rank statistics in tree.json, with the n-gram branch that was best there.
+    """The best tree of `size` nodes that has the heads' drafts alone, by the rank statistics in tree.json.
 
     Raises: GorgonError when the statistics hold too few paths.
     """
-    ngram = next((int(b["ngram"]) for b in tuned.get("best_by_nodes", []) if b["nodes"] == size), 0)
     ranked = sorted(tuned["rank_statistics"]["paths"], key=lambda p: (-p["share"], len(p["path"]), p["path"]))
-    wanted = size - 1 - ngram
-    if size < 2 or wanted > len(ranked):
+    if not 2 <= size <= len(ranked) + 1:
         raise GorgonError(
             "no such tree in the rank statistics", field="extra_nodes", value=size,
             allowed=f"2 to {len(ranked) + 1}",
         )  # fmt: skip
-    return DraftTree.of((p["path"] for p in ranked[:wanted]), ngram=ngram)
+    return DraftTree.of(p["path"] for p in ranked[: size - 1])
 
 
 def summarize(

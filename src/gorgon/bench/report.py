@@ -93,7 +93,7 @@ def data_phrase(name: str) -> str:
 
 def pick_examples(answers: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
     """Answers spread evenly from the fewest to the most tokens per step: not only the flattering ones."""
-    ordered = sorted(answers, key=lambda a: (a["tokens_per_step"] or 0, a["id"]))
+    ordered = sorted(answers, key=lambda a: (a["tokens_per_step"], a["id"]))
     if count >= len(ordered):
         return ordered[::-1]
     if count == 0:

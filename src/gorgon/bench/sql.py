@@ -67,15 +67,15 @@ def run_sql(
         connection.executescript(schema)
         connection.set_authorizer(_allow_query)
         # more rows than this would be looked at by nobody; `execute` itself refuses a second statement
-        connection.execute(query.strip()).fetchmany(MAX_ROWS)
+        cursor = connection.execute(query)
+        cursor.fetchmany(MAX_ROWS)
+        is_query = cursor.description is not None
     except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError, OverflowError) as error:
         reason = "stopped: it ran longer than allowed" if guard.stopped else str(error) or type(error).__name__
         return SqlOutcome(False, reason)
     finally:
         connection.close()
-    if not query.strip():
-        return SqlOutcome(False, "empty")
-    return SqlOutcome(True)
+    return SqlOutcome(True) if is_query else SqlOutcome(False, "not a query: it returns no columns")
 
 
 class _Guard:

@@ -50,13 +50,13 @@ def tokens_per_second(series: Series) -> tuple[float, list[float]]:
     return with_range([sum(t) / sum(s) for t, s in zip(series.tokens, series.seconds, strict=True)], 1)
 
 
-def tokens_per_step(answers: Sequence[Answer]) -> float | None:
+def tokens_per_step(answers: Sequence[Answer]) -> float:
     """Tokens that the steps emitted over the number of steps; the prefill's first token counts in neither.
 
-    Returns: None when there were no steps.
+    Returns: 1.0, as for plain decoding, when there were no steps.
     """
     steps = sum(len(a.step_tokens) for a in answers)
-    return round(sum(sum(a.step_tokens) for a in answers) / steps, 4) if steps else None
+    return round(sum(sum(a.step_tokens) for a in answers) / steps, 4) if steps else 1.0
 
 
 def accepted_histogram(answers: Sequence[Answer]) -> dict[str, int]:
