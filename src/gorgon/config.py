@@ -145,7 +145,7 @@ class CompareConfig(StepConfig):
     warmup_prompts: int = Field(8, ge=0, description="Prompts answered by every decoder before timing starts.")
     stop: list[str] = Field([], description="Strings that end an answer.")
     sql: bool = Field(True, description="Run answers and references in SQLite on each row's schema.")
-    extra_nodes: list[int] = Field([], description="Also measure the best tree of each of these sizes, without n-gram branch.")
+    extra_nodes: list[int] = Field([], description="Also measure the best trees of these sizes, without n-gram branch.")
     examples: int = Field(6, ge=0, description="Example answers shown in the report.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
     seed: int = Field(42, description="Seed of the prompt choice.")
