@@ -1,0 +1,234 @@
+"""Fine-tuning: LoRA or QLoRA on the answers alone, their end token included, merged back into full weights.
+
+Sources: LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314. The loop is TRL's; what is learnt from is decided here,
+because the usual set-up (loss over the whole text, padding = end token, padding ignored) also trains on the prompt
+and never teaches the model to stop.
+Shapes: B texts in a batch, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gorgon.artifacts import StepResult, StepRun, require_step_file, run_step
+from gorgon.config import FinetuneConfig
+from gorgon.core.loss import IGNORE
+from gorgon.errors import Interrupted, MissingDependencyError
+from gorgon.models.backbone import Backbone, load_backbone, load_tokenizer, pick_device, pick_dtype, resolve_model
+from gorgon.progress import bar, say
+from gorgon.train.checkpoint import curve_writer
+from gorgon.train.features import Text, read_texts
+from gorgon.train.watch import Watch, answer_loss
+
+TRAINER = "trainer"
+BEST = "best"
+CURVES = "tensorboard"
+LOG_STEPS = 10
+"""Optimizer steps between two points of the training curves."""
+CHECKPOINT_FILES = ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+def finetune(config: FinetuneConfig, out: str | Path, *, force: bool = False) -> StepResult:
+    """Fine-tunes a backbone on the answers and writes a plain model directory with the merged weights.
+
+    Source: arXiv:2106.09685, section 4; with `quantization: nf4` arXiv:2305.14314, section 3.
+    Args: config.data: directory with `train.jsonl` and `validation.jsonl`.
+    Raises: DataError when the data is missing, empty or too long for the backbone; ModelError when the backbone cannot
+        be used; MissingDependencyError when nf4 is asked for without CUDA or bitsandbytes; Interrupted on SIGTERM,
+        after writing a checkpoint that the same command resumes.
+    Invariant: the weights kept are those with the lowest held-out loss, in nats per answer token.
+    """
+    files = {
+        name: require_step_file(config.data, f"{name}.jsonl", field="data", step="prepare")
+        for name in ("train", "validation")
+    }
+    if config.quantization == "nf4":
+        _require_nf4()
+    inputs = {"model": resolve_model(config.model), "data": config.data}
+
+    def body(run: StepRun) -> None:
+        with _quiet():
+            _finetune(run, config, files)
+
+    return run_step("finetune", config, inputs, Path(out), body, force=force)
+
+
+def _finetune(run: StepRun, config: FinetuneConfig, files: dict[str, Path]) -> None:
+    with run.timed("load"):
+        backbone = _load(config)
+        texts = {split: read_texts(run, backbone, file, split) for split, file in files.items()}
+    held_out = texts["validation"][: config.eval_rows]
+    with run.timed("train"):
+        watch = _run_trainer(run, config, backbone, texts["train"], held_out)
+    name, device = backbone.name, backbone.device
+    del backbone
+    gc.collect()  # the trainer and its model refer to each other; the merge needs their memory
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with run.timed("merge"):
+        merged, loss = _merge(config, run.checkpoints / BEST, held_out)
+        merged.model.save_pretrained(run.directory)
+        merged.tokenizer.save_pretrained(run.directory)
+    best = watch.best
+    say(f"held-out loss {watch.evaluations[0]['loss']:.4f} before, {loss:.4f} after merging step {best['step']}")
+    run.metrics.update(
+        backbone=name, loss_before=watch.evaluations[0]["loss"], loss_after=loss, best_step=best["step"],
+        best_loss=best["loss"], steps=watch.evaluations[-1]["step"], evaluations=watch.evaluations,
+        evaluated_rows=len(held_out), parameters=merged.parameters,
+    )  # fmt: skip
+    shutil.copytree(run.checkpoints / CURVES, run.directory / CURVES)
+
+
+def training_rows(texts: Sequence[Text]) -> Any:
+    """A `datasets.Dataset` with `input_ids`, `labels` (prompt ignored, answer and end token kept) and `length`."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "input_ids": [text.ids for text in texts],
+            "labels": [[IGNORE] * text.prompt_length + text.ids[text.prompt_length :] for text in texts],
+            "length": [len(text.ids) for text in texts],
+        }
+    )
+
+
+def build_trainer(config: FinetuneConfig, backbone: Backbone, texts: Sequence[Text], folder: Path) -> Any:
+    """TRL's SFTTrainer on a LoRA-adapted backbone, writing its checkpoints below `folder`.
+
+    Rows of like length share a batch, so little of a batch is padding. Labels come ready-made (`training_rows`).
+    """
+    from peft import LoraConfig
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    on_gpu = backbone.device.type == "cuda"
+    arguments = SFTConfig(
+        output_dir=str(folder), num_train_epochs=config.epochs, max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate, lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup_fraction, per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation, max_grad_norm=config.max_grad_norm,
+        optim=config.optimizer, weight_decay=0.0, seed=config.seed, data_seed=config.seed,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bf16=on_gpu and backbone.dtype == torch.bfloat16, fp16=on_gpu and backbone.dtype == torch.float16,
+        use_cpu=not on_gpu, dataloader_pin_memory=on_gpu, train_sampling_strategy="group_by_length",
+        logging_steps=LOG_STEPS, eval_strategy="no", save_strategy="steps", save_steps=config.save_steps,
+        save_total_limit=2, report_to="none", disable_tqdm=True,
+        max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    if arguments.n_gpu > 1:  # one process drives one GPU: TRL refuses DataParallel
+        arguments._n_gpu = 1
+    adapters = LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        bias="none", task_type="CAUSAL_LM", target_modules="all-linear",
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=backbone.model, args=arguments, train_dataset=training_rows(texts),
+        processing_class=backbone.tokenizer, peft_config=adapters,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to data
+    return trainer
+
+
+def _run_trainer(
+    run: StepRun, config: FinetuneConfig, backbone: Backbone, texts: Sequence[Text], held_out: Sequence[Text]
+) -> Watch:
+    folder = run.checkpoints / TRAINER
+    checkpoint = latest_checkpoint(folder)
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    trainer = build_trainer(config, backbone, texts, folder)
+    batches = math.ceil(len(texts) / config.batch_size)
+    total = config.max_steps or math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation))
+    with curve_writer(run.checkpoints / CURVES, step) as curves, bar("fine-tuning", total) as shown:
+        watch = Watch(
+            run.checkpoints, held_out, every=config.eval_steps, total=total, step=step, curves=curves, shown=shown
+        )
+        trainer.add_callback(watch)
+        if checkpoint is None:
+            watch.look(trainer.model, 0)
+        else:
+            say(f"resuming at step {step}")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if watch.stopped:
+        raise Interrupted(f"stopped at step {trainer.state.global_step} of {total}", hint="the same command resumes")
+    run.metrics["trainable_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    run.metrics["train_tokens"] = round(trainer.state.num_input_tokens_seen)
+    return watch
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest of the trainer's checkpoints that was written to its end; a kill can leave half of one."""
+    candidates = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    for path in candidates:
+        if all((path / name).is_file() for name in CHECKPOINT_FILES):
+            try:
+                json.loads((path / CHECKPOINT_FILES[0]).read_text())
+            except ValueError:
+                continue  # its last file was being written
+            return path
+    return None
+
+
+def _require_nf4() -> None:
+    """Raises: MissingDependencyError before anything is loaded."""
+    from importlib.util import find_spec
+
+    if not torch.cuda.is_available():
+        raise MissingDependencyError(
+            "4-bit training needs a CUDA GPU, and there is none", field="finetune.quantization", value="nf4",
+            allowed="none", hint="set finetune.quantization=none",
+        )  # fmt: skip
+    if find_spec("bitsandbytes") is None:
+        raise MissingDependencyError(
+            "4-bit training needs the package bitsandbytes", field="finetune.quantization", value="nf4",
+            allowed="none", hint="pip install 'gorgon-llm[gpu]'",
+        )  # fmt: skip
+
+
+def _load(config: FinetuneConfig) -> Backbone:
+    """The backbone to put adapters on; with nf4 its weights in 4 bits (arXiv:2305.14314, section 3)."""
+    if config.quantization == "none":
+        return load_backbone(config.model, dtype=config.dtype)
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    device = pick_device()
+    dtype = pick_dtype(config.dtype, device)
+    source = resolve_model(config.model)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=nf4, device_map={"": 0})
+    return Backbone(source, model, load_tokenizer(config.model), device, dtype)
+
+
+def _merge(config: FinetuneConfig, adapters: Path, held_out: Sequence[Text]) -> tuple[Backbone, float]:
+    """The unquantized backbone with the adapters added to its weights, and its held-out loss."""
+    from peft import PeftModel
+
+    backbone = load_backbone(config.model, dtype=config.dtype)
+    backbone.model = PeftModel.from_pretrained(backbone.model, adapters).merge_and_unload()
+    return backbone, answer_loss(backbone.model, held_out, backbone.device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the block transformers shows no bars and logs errors only: progress is ours to show."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
