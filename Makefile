@@ -16,7 +16,7 @@ quickstart: setup
 	$(BIN)/gorgon quickstart
 
 test: lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 lint: setup-dev
 	$(BIN)/ruff check src tests tools benchmarks
