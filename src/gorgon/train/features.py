@@ -95,12 +95,9 @@ class Features:
 def read_texts(run: StepRun, backbone: Backbone, file: Path, split: str) -> list[Text]:
     """A split's rows as token ids; counts rows and dropped rows in the step's metrics and warnings.
 
-    Raises: DataError when the split is empty or every row is longer than the backbone's context.
+    Raises: DataError when the split is empty or malformed, or every row is longer than the backbone's context.
     """
-    examples = read_examples(file)
-    if not examples:
-        raise DataError(f"the {split} split is empty", file=file, hint="prepare more rows")
-    texts, dropped = encode_texts(backbone.tokenizer, examples, backbone.max_length)
+    texts, dropped = encode_texts(backbone, read_examples(file))
     run.metrics[f"{split}_rows"], run.metrics[f"{split}_dropped"] = len(texts), dropped
     if dropped:
         run.warnings.append(f"{dropped} {split} rows are longer than the backbone's {backbone.max_length} tokens")
@@ -113,13 +110,14 @@ def read_texts(run: StepRun, backbone: Backbone, file: Path, split: str) -> list
     return texts
 
 
-def encode_texts(tokenizer: Any, examples: Sequence[Example], max_length: int) -> tuple[list[Text], int]:
-    """The examples as token ids, and how many were dropped because they exceed `max_length` tokens."""
+def encode_texts(backbone: Backbone, examples: Sequence[Example]) -> tuple[list[Text], int]:
+    """The examples as token ids, and how many were dropped because they exceed the backbone's context."""
     texts = []
     for example in examples:
-        prompt = encode_prompt(tokenizer, example.messages)
-        texts.append(Text(prompt + encode_answer(tokenizer, example), len(prompt)))
-    kept = [text for text in texts if len(text.ids) <= max_length]
+        prompt = encode_prompt(backbone.tokenizer, example.messages)
+        answer = encode_answer(backbone.tokenizer, example, backbone.end_ids)
+        texts.append(Text(prompt + answer, len(prompt)))
+    kept = [text for text in texts if len(text.ids) <= backbone.max_length]
     return kept, len(texts) - len(kept)
 
 
