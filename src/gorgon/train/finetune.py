@@ -11,7 +11,9 @@ from __future__ import annotations
 import gc
 import json
 import math
+import random
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,8 @@ from gorgon.train.watch import Watch, answer_loss
 TRAINER = "trainer"
 BEST = "best"
 CURVES = "tensorboard"
+SORTED_BATCHES = 32
+"""Batches whose rows are sorted by length together: more means less padding, fewer means more chance."""
 LOG_STEPS = 10
 """Optimizer steps between two points of the training curves."""
 CHECKPOINT_FILES = ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -89,37 +93,64 @@ def _finetune(run: StepRun, config: FinetuneConfig, files: dict[str, Path]) -> N
 
 
 def training_rows(texts: Sequence[Text]) -> Any:
-    """A `datasets.Dataset` with `input_ids`, `labels` (prompt ignored, answer and end token kept) and `length`."""
+    """A `datasets.Dataset` with `input_ids` and `labels`: the prompt ignored, the answer and its end token kept."""
     from datasets import Dataset
 
     return Dataset.from_dict(
         {
             "input_ids": [text.ids for text in texts],
             "labels": [[IGNORE] * text.prompt_length + text.ids[text.prompt_length :] for text in texts],
-            "length": [len(text.ids) for text in texts],
         }
     )
+
+
+def data_order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[int]:
+    """Row numbers of all epochs in the order of training; consecutive `batch_size` rows are of like length.
+
+    Depends on the arguments alone. transformers' own length-grouped sampler draws from the global random state at the
+    start of an epoch, so that a resumed run would go on with other rows than the run that was stopped.
+    Invariant: after whole epochs every row has come equally often.
+    """
+    rng = random.Random(f"rows {seed}")
+    order: list[int] = []
+    left_over: list[int] = []
+    wanted = math.ceil(epochs * len(lengths))
+    while len(order) < wanted:
+        epoch = rng.sample(range(len(lengths)), len(lengths))
+        pool = left_over + epoch
+        left_over = pool[len(pool) - len(pool) % batch_size :]
+        batches = []
+        size = batch_size * SORTED_BATCHES
+        for start in range(0, len(pool) - len(left_over), size):
+            rows = sorted(pool[start : min(start + size, len(pool) - len(left_over))], key=lambda i: lengths[i])
+            batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        rng.shuffle(batches)
+        order += [row for batch in batches for row in batch]
+        if len(order) + len(left_over) >= wanted:
+            order += left_over
+    return order[:wanted]
 
 
 def build_trainer(config: FinetuneConfig, backbone: Backbone, texts: Sequence[Text], folder: Path) -> Any:
     """TRL's SFTTrainer on a LoRA-adapted backbone, writing its checkpoints below `folder`.
 
-    Rows of like length share a batch, so little of a batch is padding. Labels come ready-made (`training_rows`).
+    Its one epoch is all of ours, in `data_order`. Labels come ready-made (`training_rows`).
     """
     from peft import LoraConfig
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
+    torch.manual_seed(config.seed)  # the adapters' first values are drawn before the trainer sets its own seed
     on_gpu = backbone.device.type == "cuda"
     arguments = SFTConfig(
-        output_dir=str(folder), num_train_epochs=config.epochs, max_steps=config.max_steps or -1,
+        output_dir=str(folder), num_train_epochs=1.0, max_steps=total_steps(config, len(texts)),
         learning_rate=config.learning_rate, lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup_fraction, per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation, max_grad_norm=config.max_grad_norm,
         optim=config.optimizer, weight_decay=0.0, seed=config.seed, data_seed=config.seed,
         gradient_checkpointing=config.gradient_checkpointing,
         bf16=on_gpu and backbone.dtype == torch.bfloat16, fp16=on_gpu and backbone.dtype == torch.float16,
-        use_cpu=not on_gpu, dataloader_pin_memory=on_gpu, train_sampling_strategy="group_by_length",
+        use_cpu=not on_gpu, dataloader_pin_memory=on_gpu, train_sampling_strategy="sequential",
         logging_steps=LOG_STEPS, eval_strategy="no", save_strategy="steps", save_steps=config.save_steps,
         save_total_limit=2, report_to="none", disable_tqdm=True,
         max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
@@ -130,8 +161,9 @@ def build_trainer(config: FinetuneConfig, backbone: Backbone, texts: Sequence[Te
         r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         bias="none", task_type="CAUSAL_LM", target_modules="all-linear",
     )  # fmt: skip
+    order = data_order([len(text.ids) for text in texts], config.batch_size, config.epochs, config.seed)
     trainer = SFTTrainer(
-        model=backbone.model, args=arguments, train_dataset=training_rows(texts),
+        model=backbone.model, args=arguments, train_dataset=training_rows(texts).select(order),
         processing_class=backbone.tokenizer, peft_config=adapters,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to data
@@ -145,8 +177,7 @@ def _run_trainer(
     checkpoint = latest_checkpoint(folder)
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     trainer = build_trainer(config, backbone, texts, folder)
-    batches = math.ceil(len(texts) / config.batch_size)
-    total = config.max_steps or math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation))
+    total = total_steps(config, len(texts))
     with curve_writer(run.checkpoints / CURVES, step) as curves, bar("fine-tuning", total) as shown:
         watch = Watch(
             run.checkpoints, held_out, every=config.eval_steps, total=total, step=step, curves=curves, shown=shown
@@ -160,8 +191,14 @@ def _run_trainer(
     if watch.stopped:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {total}", hint="the same command resumes")
     run.metrics["trainable_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    run.metrics["train_tokens"] = round(trainer.state.num_input_tokens_seen)
     return watch
+
+
+def total_steps(config: FinetuneConfig, rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    batches = math.ceil(math.ceil(config.epochs * rows) / config.batch_size)
+    steps = math.ceil(batches / config.gradient_accumulation)
+    return min(steps, config.max_steps or steps)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -220,14 +257,16 @@ def _merge(config: FinetuneConfig, adapters: Path, held_out: Sequence[Text]) -> 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within the block transformers shows no bars and logs errors only: progress is ours to show."""
+    """Within the block transformers shows no bars, logs errors only, and keeps its own deprecations to itself."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
