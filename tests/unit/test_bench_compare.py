@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ from gorgon.bench.report import headline, magnitude, milliseconds, percent, pick
 from gorgon.bench.tree_figure import _rows
 from gorgon.config import CompareConfig
 from gorgon.core.tree import DraftTree
+from gorgon.data.examples import Example, write_examples
 from gorgon.errors import DataError, GorgonError, LimitError
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" {{ 7 * 7 }}"
@@ -24,12 +24,8 @@ TREE = DraftTree.of([(0,), (1,), (0, 0)], ngram=2)
 WORDS = ["", "<end>", "SELECT ", "name ", "FROM ", "head", HOSTILE]
 
 
-@dataclass(frozen=True)
-class Row:
-    id: str
-    answer: str
-    messages: list[dict[str, str]] = field(default_factory=lambda: [{"role": "user", "content": HOSTILE}])
-    context: str | None = "CREATE TABLE head (name TEXT)"
+def row(name, answer="x"):
+    return Example(name, [{"role": "user", "content": HOSTILE}], answer, "CREATE TABLE head (name TEXT)")
 
 
 class Tokenizer:
@@ -92,9 +88,8 @@ def directories(tmp_path, monkeypatch):
     (model / "heads.json").write_text(
         json.dumps({"evaluations": [evaluation, evaluation | {"step": 2, "loss": 3.0, "accuracy": [[0.1] * 3] * 2}]})
     )
-    (data / "test.jsonl").write_text("")
-    rows = [Row(f"test-{i}", "SELECT name FROM head" if i else f"other {HOSTILE}") for i in range(4)]
-    monkeypatch.setattr(workload, "read_examples", lambda path: rows)
+    rows = [row(f"test-{i}", "SELECT name FROM head" if i else f"other {HOSTILE}") for i in range(4)]
+    write_examples(data / "test.jsonl", rows)
     monkeypatch.setattr(workload, "encode_prompt", lambda tokenizer, messages: [2, 3])
     return model, data
 
@@ -250,7 +245,7 @@ def test_a_prompt_that_does_not_fit_names_its_row(directories, tmp_path, monkeyp
 
 
 def test_prompt_choice_is_seeded_and_keeps_order():
-    rows = [Row(str(i), "") for i in range(20)]
+    rows = [row(str(i)) for i in range(20)]
     chosen = workload.choose(rows, 5, 1)
     assert chosen == workload.choose(rows, 5, 1)
     assert chosen != workload.choose(rows, 5, 2)

@@ -10,7 +10,7 @@ from typing import Any
 
 from gorgon.data.chat import encode_prompt
 from gorgon.data.examples import Example, read_examples
-from gorgon.errors import DataError, LimitError
+from gorgon.errors import LimitError
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,9 @@ def load_prompts(
     Args:
         limit: keep this many, chosen by `seed`; None keeps all.
         max_length: the model's context, in tokens; prompt and answer together must fit into it.
-    Raises: DataError when the file has no rows; LimitError naming the first row that does not fit.
+    Raises: what `read_examples` raises; LimitError naming the first row that does not fit.
     """
     examples = choose(read_examples(path), limit, seed)
-    if not examples:
-        raise DataError("there are no test rows to answer", file=path, hint="prepare with a larger test fraction")
     return [_prompt(example, tokenizer, max_length, max_new_tokens) for example in examples]
 
 
