@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import re
 import sqlite3
 import subprocess
@@ -11,7 +12,8 @@ import sys
 import pytest
 
 from gorgon.data.sample import BACKBONE_DOMAINS, SAMPLE_DOMAINS, generate_rows
-from gorgon.data.sample.schema import load_domains
+from gorgon.data.sample.questions import value
+from gorgon.data.sample.schema import Column, Schema, load_domains
 from gorgon.errors import DataError
 
 ALL = (*BACKBONE_DOMAINS, *SAMPLE_DOMAINS)
@@ -53,6 +55,14 @@ def test_quoted_values_are_never_read_as_columns(rows):
         names = {n.lower() for n in re.findall(r"[A-Za-z_]+", row["context"])}
         for value in re.findall(r'"([^"]+)"', row["answer"]):
             assert value.strip("%").lower() not in names, row
+
+
+def test_a_value_that_is_a_name_of_the_schema_is_drawn_again():
+    schema = Schema((), "", frozenset({"city"}))
+    column = Column("name", "name", "text", lambda rng: rng.choice(("City", "Oslo")), repeats=True)
+    assert {value(random.Random(seed), column, schema) for seed in range(20)} == {"Oslo"}
+    stuck = Column("name", "name", "text", lambda rng: "City", repeats=True)
+    assert value(random.Random(1), stuck, schema) == "City 1"
 
 
 def test_rows_are_well_formed_and_distinct(rows):

@@ -75,6 +75,14 @@ def test_large_groups_do_reach_the_held_out_splits():
     assert 12 < sum(large) / len(large) < 28
 
 
+def test_no_held_out_split_is_dominated_by_one_group():
+    groups = [0] * 15 + list(range(1, 86))
+    for seed in range(20):
+        splits = assign_splits(groups, {"test": 0.2}, seed)
+        assert splits.count("test") == 20
+        assert set(splits[:15]) == {"train"}
+
+
 def test_seeds_differ():
     groups = list(range(200))
     assert assign_splits(groups, {"test": 0.3}, 1) != assign_splits(groups, {"test": 0.3}, 2)
