@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from gorgon.data.sample import BACKBONE_DOMAINS, SAMPLE_DOMAINS, generate_rows
-from gorgon.data.sample.questions import value
+from gorgon.data.sample.questions import value as draw_value
 from gorgon.data.sample.schema import Column, Schema, load_domains
 from gorgon.errors import DataError
 
@@ -60,9 +60,9 @@ def test_quoted_values_are_never_read_as_columns(rows):
 def test_a_value_that_is_a_name_of_the_schema_is_drawn_again():
     schema = Schema((), "", frozenset({"city"}))
     column = Column("name", "name", "text", lambda rng: rng.choice(("City", "Oslo")), repeats=True)
-    assert {value(random.Random(seed), column, schema) for seed in range(20)} == {"Oslo"}
+    assert {draw_value(random.Random(seed), column, schema) for seed in range(20)} == {"Oslo"}
     stuck = Column("name", "name", "text", lambda rng: "City", repeats=True)
-    assert value(random.Random(1), stuck, schema) == "City 1"
+    assert draw_value(random.Random(1), stuck, schema) == "City 1"
 
 
 def test_rows_are_well_formed_and_distinct(rows):
