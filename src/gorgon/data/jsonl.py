@@ -18,7 +18,9 @@ def read_bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError("no such file", file=path, hint="check the path; relative paths start here") from error
+        raise DataError(
+            "no such file", file=path, hint="check the path; a relative one starts in the current directory"
+        ) from error
     except IsADirectoryError as error:
         raise DataError("this is a directory, not a file", file=path) from error
     except OSError as error:

@@ -53,7 +53,7 @@ def _check_sources(config: PrepareConfig) -> None:
     if (config.dataset is None) == (config.train is None):
         raise ConfigError(
             ["prepare needs exactly one of 'dataset' and 'train'"],
-            hint="`--set prepare.dataset=embedded` needs no network; your own file: `--set prepare.train=rows.jsonl`",
+            hint="`--dataset embedded` needs no network; your own file: `--train rows.jsonl`",
         )
     held_out = sum(_fractions(config).values())
     if held_out >= 1:
@@ -175,7 +175,7 @@ def _check_template(tokenizer: Any, example: Example) -> None:
             raise ModelError(
                 f"the model's chat template drops the {message['role']} message", field="chat_template",
                 value=message["content"][:80],
-                hint="move it: --set prepare.system=null --set 'prepare.user={context} {question}'",
+                hint="move it into the user message: --system null --user '{context} {question}'",
             )  # fmt: skip
 
 

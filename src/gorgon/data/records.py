@@ -139,6 +139,6 @@ def _missing(column: str, rows: Sequence[RawRow], available: list[str]) -> DataE
     return DataError(
         "the column is missing", file=rows[0].file, line=rows[0].line, field=column,
         allowed=f"one of the columns there: {', '.join(available)}",
-        hint="name the file's columns, for example: --set 'prepare.columns={question: prompt, answer: sql}'; "
-        "if there is no schema: --set prepare.system=null",
+        hint="name the file's columns: --columns '{question: prompt, answer: sql}', or in `gorgon run` "
+        "--set 'prepare.columns={question: prompt, answer: sql}'; if there is no schema: system null",
     )  # fmt: skip

@@ -67,7 +67,7 @@ def load_hub(name: str, split: str) -> list[RawRow]:
         raise DataError(
             "there is no such dataset on the hub, or it is private", field="dataset", value=name,
             hint="check the spelling (owner/name); for a private or gated one run `hf auth login`; "
-            "without a network use `dataset: embedded` or `train: FILE`",
+            "without a network use `dataset: embedded` or a local file",
         ) from error  # fmt: skip
     except (ConnectionError, HfHubHTTPError, OSError) as error:  # offline mode is a ConnectionError, too
         raise DataError(

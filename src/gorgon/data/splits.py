@@ -58,7 +58,7 @@ def assign_splits(groups: Sequence[int], fractions: Mapping[str, float], seed: i
         raise DataError(
             f"{len(groups)} rows cannot be split into {len(fractions) + 1} parts: they share values of the disjoint "
             f"columns and form only {len(members)} group(s)",
-            field="disjoint", hint="give more rows, or let splits share more: --set 'prepare.disjoint=[question]'",
+            field="disjoint", hint="give more rows, or let splits share more, such as disjoint: [question]",
         )  # fmt: skip
     order = sorted(members)
     random.Random(f"splits {seed}").shuffle(order)
