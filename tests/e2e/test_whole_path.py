@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from gorgon.core.tree import DraftTree
 from gorgon.data.chat import encode_prompt
 from gorgon.data.examples import read_examples
 from gorgon.decode.engine import load_engine
-
 from tests.e2e.conftest import gorgon
 
 pytestmark = pytest.mark.xdist_group("trained")

@@ -4,9 +4,6 @@ import random
 
 import pytest
 import torch
-from gorgon.core.tree import DraftTree
-from gorgon.decode.engine import Engine
-from gorgon.models.backbone import Backbone, transpose_linear_weights
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -18,6 +15,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from gorgon.core.tree import DraftTree
+from gorgon.decode.engine import Engine
+from gorgon.models.backbone import Backbone, transpose_linear_weights
 
 VOCAB = 61
 TREES = {

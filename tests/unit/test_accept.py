@@ -1,9 +1,9 @@
 """Acceptance equals plain decoding, whatever the drafts are."""
 
-from gorgon.core.accept import accept_greedy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gorgon.core.accept import accept_greedy
 from tests.unit.test_tree import trees
 
 

@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+
 from gorgon.artifacts import digest_input, link_tree, read_manifest, require_step_file, run_step, write_json
 from gorgon.config import TuneConfig
 from gorgon.errors import DataError, GorgonError, Interrupted, StorageError

@@ -1,11 +1,12 @@
 """Configurations: every problem at once, nearest names, no coercion."""
 
 import pytest
-from gorgon.config import STEPS, TrainHeadsConfig, build, nearest, parse_assignments, parse_value, read_yaml
-from gorgon.errors import ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+
+from gorgon.config import STEPS, TrainHeadsConfig, build, nearest, parse_assignments, parse_value, read_yaml
+from gorgon.errors import ConfigError
 
 
 @pytest.mark.parametrize(("step", "kind"), STEPS.items())

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from gorgon.core.heads import MedusaHeads
 from gorgon.errors import ModelError, ShapeError
 from gorgon.models.backbone import load_backbone, load_tokenizer, resolve_model
 from gorgon.models.directory import HEADS_FILE, base_model, load_heads, read_tree, write_model_directory
 from gorgon.models.inspect import inspect_model
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")

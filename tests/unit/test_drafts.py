@@ -1,8 +1,9 @@
 """The n-gram branch against a literal search."""
 
-from gorgon.decode.drafts import LONGEST_SUFFIX, NgramDrafts
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gorgon.decode.drafts import LONGEST_SUFFIX, NgramDrafts
 
 
 def _literal(context, length):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gorgon.core.heads import MedusaHeads, PackedHeads
 from gorgon.errors import ShapeError
 

@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from gorgon.core.rank_stats import BEYOND, Position, best_tree, count_prefixes, replay, token_ranks
 from gorgon.core.tree import DraftTree
 from gorgon.errors import ShapeError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 positions = st.lists(
     st.builds(Position, st.lists(st.integers(0, 2), min_size=3, max_size=3), st.integers(0, 3), st.just(True)),

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from gorgon.cli import app
 from gorgon.errors import ConfigError
 from gorgon.pipeline import RECIPES, find_recipe, load_recipe
-from typer.testing import CliRunner
 
 NAMES = sorted(p.stem for p in RECIPES.glob("*.yaml"))
 
@@ -46,7 +47,9 @@ def test_steps_read_what_the_steps_before_them_wrote():
 
 
 def test_a_step_can_be_left_out():
-    steps = load_recipe(find_recipe("quickstart"), ["finetune=null", "distill=null", "model=some/hub-id"], Path("o")).steps
+    steps = load_recipe(
+        find_recipe("quickstart"), ["finetune=null", "distill=null", "model=some/hub-id"], Path("o")
+    ).steps
     assert list(steps) == ["prepare", "train-heads", "tune", "compare"]
     assert steps["train-heads"].model == "some/hub-id" and steps["train-heads"].data == "o/prepare"
 

@@ -1,11 +1,12 @@
 """Text streaming: the same text however tokens arrive, stop strings across token borders."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from gorgon.decode.text import TextStream
 from gorgon.errors import GorgonError
 from gorgon.models.backbone import load_tokenizer
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from gorgon.core.tree import DraftTree
-from gorgon.errors import ShapeError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gorgon.core.tree import DraftTree
+from gorgon.errors import ShapeError
 
 
 @st.composite

@@ -169,6 +169,9 @@ def load_backbone(name: str | Path, *, dtype: Dtype = "auto", device: str = "aut
         missing or surplus tensors.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # our own progress is on stderr; a bar per weight file says nothing
 
     source = resolve_model(name)
     tokenizer = load_tokenizer(name)
