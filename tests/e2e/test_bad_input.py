@@ -1,4 +1,4 @@
-"""Bad input through the command line: exit code 2, a message that names the fault, no traceback, nothing left behind."""
+"""Bad input through the command line: exit code 2, a message naming the fault, no traceback, nothing left behind."""
 
 import json
 

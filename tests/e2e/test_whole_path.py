@@ -108,7 +108,7 @@ def test_sigterm_leaves_a_run_that_the_same_command_resumes(trained, tmp_path):
     out = tmp_path / "heads"
     command = [
         str(Path(sys.executable).with_name("gorgon")), "train-heads", "--model", str(trained.out / "finetune"),
-        "--data", str(trained.out / "distill"), "--out", str(out), "--heads", "2", "--epochs", "400", "--evaluations", "3",
+        "--data", str(trained.out / "distill"), "--out", str(out), "--heads", "2", "--epochs", "400",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     partial = out.with_name("heads.partial") / "checkpoints"

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -79,12 +80,12 @@ def test_other_os_errors_are_not_disguised(tmp_path):
 
 
 def test_a_really_full_disk(tmp_path):
-    device = "/dev/full"
-    if not os.path.exists(device):
+    device = Path("/dev/full")
+    if not device.exists():
         pytest.skip("this system has no /dev/full")
 
     def body(run):
-        with open(device, "w") as file:
+        with device.open("w") as file:
             file.write("x" * 100_000)
 
     with pytest.raises(StorageError, match="disk is full"):
@@ -169,7 +170,7 @@ def test_missing_inputs_name_the_step_that_writes_them(tmp_path):
     with pytest.raises(GorgonError) as error:
         require_step_file(None, "x", field="data", step="prepare")
     assert "gorgon prepare" in error.value.hint
-    with pytest.raises(DataError, match="no train.jsonl"):
+    with pytest.raises(DataError, match=r"no train\.jsonl"):
         require_step_file(tmp_path, "train.jsonl", field="data", step="prepare")
 
 

@@ -91,7 +91,7 @@ def test_more_heads_announced_than_held(model, embedded):
     _edit(model, medusa_num_heads=4)
     with pytest.raises(ModelError, match="lacks"):
         _load(model, embedded)
-    with pytest.raises(ModelError, match="config.json says otherwise"):
+    with pytest.raises(ModelError, match=r"config\.json says otherwise"):
         inspect_model(str(model))
 
 

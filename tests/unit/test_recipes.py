@@ -23,7 +23,8 @@ def test_every_recipe_is_parsed_and_dry_run(name):
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert document["name"] == name and document["description"]
-    assert list(document["steps"])[0] == "prepare" and list(document["steps"])[-1] == "compare"
+    order = list(document["steps"])
+    assert (order[0], order[-1]) == ("prepare", "compare")
     first = (RECIPES / f"{name}.yaml").read_text().splitlines()[0]
     assert first.startswith("# gorgon "), "a recipe opens with the command that runs it"
 
