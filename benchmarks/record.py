@@ -1,0 +1,85 @@
+"""Keeps a finished run as a committed result, and renders the README's table from all committed results.
+
+    python benchmarks/record.py runs/text-to-sql-cpu    # writes results/text-to-sql-cpu.json and the README's table
+    python benchmarks/record.py                         # the table alone
+
+A result holds the run's whole summary, each step's settings, times and metrics, and the versions, commit and machine it
+was measured with. Runs are read where they are; paths outside the project are reduced to their names.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    """Everything of a finished recipe run that a reader needs to judge or repeat it."""
+    summary = json.loads((run / "compare" / "summary.json").read_text(encoding="utf-8"))
+    manifests = {p.parent.name: json.loads(p.read_text(encoding="utf-8")) for p in run.glob("*/manifest.json")}
+    order = sorted(manifests, key=lambda step: manifests[step]["started"])
+    steps = {
+        step: {key: manifests[step][key] for key in ("config", "seconds", "timings_s", "metrics", "warnings")}
+        for step in order
+    }
+    return _portable({"name": run.name, "recorded": manifests["compare"]["started"], "steps": steps, "summary": summary})
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    if isinstance(value, str) and (value.startswith(("/", "../", "~"))):
+        return Path(value).name
+    return value
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The README's rows: one per result, tokens per step beside every speed-up."""
+    lines = [
+        "| run | model, machine | exact match | tokens per step | vs plain | vs `transformers.generate` | mean latency: plain, Medusa |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        s = result["summary"]
+        speed, latency = s["speedup"], s["latency_ms"]
+        plain, hf = speed["vs_plain_range"], speed["vs_transformers_range"]
+        lines.append(
+            f"| `{result['name']}` | {s['model']['parameters'] / 1e6:.1f}M, {s['model']['dtype']}, "
+            f"{s['model']['threads']} CPU threads | {s['exact_match']:.3f} of {s['prompts']} | {s['tokens_per_step']:.2f} "
+            f"({s['tree']['nodes']} nodes) | **{speed['vs_plain']:.2f}x** ({plain[0]:.2f} to {plain[1]:.2f}) | "
+            f"**{speed['vs_transformers']:.2f}x** ({hf[0]:.2f} to {hf[1]:.2f}) | "
+            f"{latency['plain']['mean']:.1f} ms, {latency['medusa']['mean']:.1f} ms |"
+        )
+    return "\n".join(lines)
+
+
+def render() -> str:
+    """The README with its table made from the committed results."""
+    results = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))]
+    text = README.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n{table(results)}\n{END}{tail}"
+
+
+def main() -> None:
+    """Command line."""
+    for name in sys.argv[1:]:
+        run = Path(name)
+        path = RESULTS / f"{run.name}.json"
+        path.write_text(json.dumps(result_of(run), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(path.relative_to(ROOT))
+    README.write_text(render(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
