@@ -46,7 +46,9 @@ def paired(plain_ms: Sequence[float], medusa_ms: Sequence[float]) -> str:
             at = min(right, top * factor)
             axes.annotate(f"{factor}×", (at, at / factor), color=svg.MUTED, fontsize=7.5, xytext=(-2, 1),
                           textcoords="offset points", ha="right", va="bottom")  # fmt: skip
-        axes.scatter(plain_ms, medusa_ms, s=11, color=svg.MEDUSA, alpha=0.55, linewidths=0)
+        axes.scatter(
+            plain_ms, medusa_ms, s=11 if len(plain_ms) > 60 else 18, color=svg.MEDUSA, alpha=0.55, linewidths=0
+        )
         axes.set(xlim=(0, right), ylim=(0, top), xlabel="Plain decoding (ms)", ylabel="Medusa heads (ms)")
         axes.grid(visible=False)
         faster = sum(m < p for p, m in zip(plain_ms, medusa_ms, strict=True))
@@ -81,8 +83,8 @@ def head_accuracy(accuracy: Sequence[Sequence[float]]) -> str:
         for head, row in enumerate(accuracy):
             ks = range(1, len(row) + 1)
             axes.plot(ks, row, color=svg.MEDUSA, alpha=_fade(head, len(accuracy)), marker="o", markersize=2.6)
-        _label_lines(axes, [row[-1] for row in accuracy], len(accuracy[0]) + 0.15)
         axes.set(xlabel="Among the head's k most likely tokens", ylim=(0, 1), xticks=range(1, len(accuracy[0]) + 1))
+        _label_lines(axes, [row[-1] for row in accuracy], len(accuracy[0]) + 0.15)
         axes.yaxis.set_major_formatter(_PERCENT)
         firsts = ", ".join(f"head {i} {_share(row[0])}" for i, row in enumerate(accuracy))
         return svg.embed(
@@ -100,8 +102,8 @@ def learning(evaluations: Sequence[Mapping[str, Any]]) -> str:
             axes.plot(steps, [e["accuracy"][head][0] for e in evaluations], color=svg.MEDUSA,
                       alpha=_fade(head, heads), marker="o", markersize=2.6)  # fmt: skip
         span = max(steps) - min(steps) or 1
-        _label_lines(axes, [row[0] for row in evaluations[-1]["accuracy"]], max(steps) + 0.025 * span)
         axes.set(xlabel="Optimizer step", ylim=(0, None))
+        _label_lines(axes, [row[0] for row in evaluations[-1]["accuracy"]], max(steps) + 0.025 * span)
         axes.yaxis.set_major_formatter(_PERCENT)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         return svg.embed(
@@ -163,9 +165,9 @@ def _fade(index: int, count: int) -> float:
     return 1 - 0.65 * index / max(count - 1, 1)
 
 
-def _label_lines(axes: Axes, ends: Sequence[float], x: float) -> None:
+def _label_lines(axes: Axes, ends: Sequence[float], x: float) -> None:  # call it once the limits are set
     """Names the heads at the right end of their lines, moved apart where they would overlap."""
-    for head, y in enumerate(_spread(ends, 0.055)):
+    for head, y in enumerate(_spread(ends, 0.055 * axes.get_ylim()[1])):
         axes.text(x, y, f"head {head}", fontsize=7.5, va="center", color=svg.MUTED)
 
 

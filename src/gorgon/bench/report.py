@@ -83,7 +83,8 @@ def machine_phrase(summary: Mapping[str, Any]) -> str:
     if model["device"] != "cpu":
         return str(model["device"])
     threads = model["threads"]
-    return f"{machine['cpu']} ({threads} thread{'' if threads == 1 else 's'} of {machine['cores']} logical cores)"
+    name = str(machine["cpu"]).replace("(R)", "").replace("(TM)", "")
+    return f"{name} ({threads} thread{'' if threads == 1 else 's'} of {machine['cores']} logical cores)"
 
 
 def data_phrase(name: str) -> str:
