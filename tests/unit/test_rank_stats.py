@@ -3,11 +3,10 @@
 import itertools
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gorgon.core.rank_stats import BEYOND, Position, best_tree, count_prefixes, replay, token_ranks
+from gorgon.core.rank_stats import Position, best_tree, count_prefixes, replay
 from gorgon.core.tree import DraftTree
 from gorgon.errors import ShapeError
 
@@ -56,16 +55,6 @@ def test_counts_beside_a_branch_are_the_tokens_gained(rows, ngram, nodes):
 def test_paths_that_the_branch_covers_are_not_taken():
     rows = [Position([0, 0, 0], 3, True)] * 5 + [Position([1, 2, 2], 0, True)] * 2
     assert best_tree(count_prefixes(rows, max_rank=3, ngram=3), 5, ngram=3).paths == ((1,),)
-
-
-def test_ranks_count_the_tokens_above():
-    logits = torch.tensor([[0.1, 3.0, 2.0], [1.0, 0.0, 5.0], [0.0, 0.0, 0.0]])
-    assert token_ranks(logits, torch.tensor([2, 1, -1])).tolist() == [1, 2, BEYOND]
-
-
-def test_one_label_per_position():
-    with pytest.raises(ShapeError):
-        token_ranks(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long))
 
 
 @given(st.lists(positions, min_size=1, max_size=4), st.integers(0, 3))

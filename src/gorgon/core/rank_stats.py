@@ -4,7 +4,6 @@ At every calibration position each head gives the true later token a rank. A pat
 position's rank tuple starts with it, so among all prefix-closed trees of N nodes the one that accepts the most tokens
 consists of the N most frequent prefixes: every node adds its own count and a prefix is never rarer than what it
 prefixes. No independence between heads is assumed (the Medusa paper's search, section 2.3.3, multiplies marginals).
-Shapes: N positions, K heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,27 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from gorgon.core.tree import DraftTree, Path
 from gorgon.errors import ShapeError
-
-BEYOND = 1 << 30
-"""Rank of a token that is not there (the text ended) or is not among the counted ranks."""
-
-
-def token_ranks(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Rank of each label: how many tokens have a higher logit; 0 is the first choice.
-
-    Args: labels_N: int64; a negative label means that the text ended before it, and gets the rank BEYOND.
-    Raises: ShapeError when the lengths differ.
-    """
-    if logits_NV.shape[0] != labels_N.shape[0]:
-        raise ShapeError("one label per position is needed", value=(tuple(logits_NV.shape), tuple(labels_N.shape)))
-    own_N1 = logits_NV.gather(1, labels_N.clamp(min=0)[:, None])
-    ranks_N = (logits_NV > own_N1).sum(dim=1)
-    return torch.where(labels_N < 0, BEYOND, ranks_N)
 
 
 @dataclass(frozen=True)

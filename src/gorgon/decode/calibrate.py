@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from gorgon.core.heads import MedusaHeads
-from gorgon.core.rank_stats import Position, token_ranks
+from gorgon.core.loss import head_labels, label_ranks
+from gorgon.core.rank_stats import Position
 from gorgon.decode.drafts import NgramDrafts
 from gorgon.decode.engine import Engine
 from gorgon.errors import Interrupted
@@ -50,19 +51,18 @@ def positions_of(
         copied = 0
         while copied < min(len(copy), last - i) and copy[copied] == answer_ids[i + 1 + copied]:
             copied += 1
-        positions.append(Position(ranks[i][: last - i], copied, bool(copy)))
+        positions.append(Position(ranks[i], copied, bool(copy)))
     return positions
 
 
 @torch.inference_mode()
 def _ranks(backbone: Backbone, heads: MedusaHeads, prompt_ids: list[int], answer_ids: list[int]) -> list[list[int]]:
-    """Per root position the rank of each head's true token; `rank_stats.BEYOND` behind the end of the text."""
-    count = len(answer_ids) - 1
-    ids_1T = torch.tensor([prompt_ids + answer_ids[:-1]], device=backbone.device)
-    first = len(prompt_ids) - 1
-    hidden_NH = backbone.hidden(ids_1T)[0, first : first + count]
-    by_head = []
-    for k in range(len(heads)):
-        labels = [answer_ids[i + k + 1] if i + k + 1 <= count else -1 for i in range(count)]
-        by_head.append(token_ranks(heads.head(k, hidden_NH), torch.tensor(labels, device=backbone.device)).tolist())
-    return [list(ranks) for ranks in zip(*by_head, strict=True)]
+    """Per root position the ranks of the true tokens, head by head, as far as the text goes."""
+    tokens_T = torch.tensor(prompt_ids + answer_ids, device=backbone.device)
+    first, end = len(prompt_ids) - 1, len(prompt_ids) + len(answer_ids)
+    hidden_NH = backbone.hidden(tokens_T[None, :-2])[0, first:]  # the last two states have no token to be ranked
+    positions_N = torch.arange(first, end - 2, device=backbone.device)
+    labels_KN = head_labels(tokens_T, positions_N, torch.full_like(positions_N, end), len(heads))
+    by_head = [label_ranks(heads.head(k, hidden_NH), labels_KN[k]).tolist() for k in range(len(heads))]
+    left = len(positions_N)
+    return [list(ranks[: left - i]) for i, ranks in enumerate(zip(*by_head, strict=True))]
