@@ -3,8 +3,9 @@
     python tools/build_backbone.py --rows A.jsonl B.jsonl --held-out test.jsonl --minutes 25 --out DIR [--init DIR]
 
 `--rows` are files in the format of the hub dataset b-mc2/sql-create-context (question, context, answer). They are mixed
-with fresh synthetic rows from `BACKBONE_DOMAINS` in every epoch; `SAMPLE_DOMAINS` are never trained on. Rows whose
-question occurs in `--held-out` are left out. Without `--init` a tokenizer and a model are trained from scratch.
+with fresh synthetic rows in every epoch: from `BACKBONE_DOMAINS`, and from made-up domains whose names are words of the
+real rows or no words at all, so that the model learns to copy a schema's names. `SAMPLE_DOMAINS` are never trained on.
+Rows whose question occurs in `--held-out` are left out. Without `--init` tokenizer and model are trained from scratch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gorgon.data.sample import BACKBONE_DOMAINS, SAMPLE_DOMAINS, generate_rows
+from gorgon.data.sample import BACKBONE_DOMAINS, SAMPLE_DOMAINS, draw_question, generate_rows
+from gorgon.data.sample.schema import TableSpec, draw_schema
 from gorgon.progress import say
 
 Row = dict[str, str]
@@ -72,6 +74,48 @@ def fresh_model(rows: list[Row]) -> tuple[Any, Any]:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config), tokenizer
+
+
+def name_pool(rows: list[Row]) -> list[str]:
+    """Column names of the real rows that are plain words."""
+    found = {name for row in rows for name in re.findall(r"[(,] ?(\w+) [A-Z]+", row["context"])}
+    return sorted(name for name in found if re.fullmatch(r"[a-z]{3,12}(_[a-z]{2,10}){0,2}", name))
+
+
+def invented_name(rng: random.Random, pool: list[str]) -> str:
+    """A name from the pool, or syllables without meaning."""
+    if rng.random() < 0.6:
+        return rng.choice(pool)
+    syllables = ["".join(rng.choice(part) for part in ("bdfgklmnprstvz", "aeiou", "lnrst")) for _ in range(3)]
+    return "".join(syllables[: rng.randint(2, 3)]) + rng.choice(("", "_code", "_name", "_count", "_date", "_id_no"))
+
+
+def made_up_rows(seed: int, count: int, pool: list[str]) -> list[Row]:
+    """Rows of domains that exist nowhere: every table and column has an invented name."""
+    rng = random.Random(f"made-up {seed}")
+    kinds = ("person", "city", "country", "date", "year", "company", "title", "code", "language", "colour")
+    rows: list[Row] = []
+    while len(rows) < count:
+        names = iter(dict.fromkeys(invented_name(rng, pool) for _ in range(40)))
+        tables = [next(names) for _ in range(3)]
+        domain = {}
+        for i, table in enumerate(tables):
+            drawn: list[tuple[tuple[str, ...], str | tuple[str, ...]]] = []
+            for _ in range(5):
+                low = rng.choice((0, 1, 10, 100, 1000))
+                number = f"{rng.choice(('int', 'int', 'real'))} {low} {low * 90 + 60} {rng.choice((1, 1, 0.5))}"
+                words = tuple(dict.fromkeys(rng.choice(pool).replace("_", " ") for _ in range(5)))
+                drawn.append(
+                    ((next(names),), rng.choice((number, number, words, rng.choice(kinds), rng.choice(kinds))))
+                )
+            plural = table + ("" if table.endswith("s") else "s")
+            domain[table] = TableSpec(table, plural, tuple(tables[:i]), tuple(drawn))
+        schema = draw_schema(rng, domain)
+        for _ in range(2):
+            pair = draw_question(rng, schema)
+            if pair is not None:
+                rows.append({"question": pair[0], "context": schema.context, "answer": pair[1]})
+    return rows[:count]
 
 
 def swap_value(row: Row, values: list[str], rng: random.Random) -> Row:
@@ -128,12 +172,14 @@ def train(model: Any, tokenizer: Any, real: list[Row], args: argparse.Namespace)
     """AdamW with a cosine over wall time: the budget is minutes, not steps."""
     rng = random.Random(args.seed)
     values = sorted({v for r in real for v in re.findall(r'"([^"%]+)"', r["answer"]) if 2 < len(v) < 30})
+    pool = name_pool(real)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     start, budget, step, average, epoch = time.monotonic(), args.minutes * 60, 0, None, 0
     model.train()
     while time.monotonic() - start < budget:
         synthetic = generate_rows(args.seed + epoch, args.synthetic, BACKBONE_DOMAINS)
-        mixed = [swap_value(r, values, rng) for r in real] + synthetic
+        made_up = made_up_rows(args.seed + epoch, args.made_up, pool)
+        mixed = [swap_value(r, values, rng) for r in real] + synthetic + made_up
         for batch in batches(mixed, tokenizer, args.prompt_weight, args.batch_tokens, rng):
             elapsed = time.monotonic() - start
             if elapsed > budget:
@@ -200,7 +246,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=25.0, help="0 only evaluates --init")
     parser.add_argument("--lr", type=float, default=1.2e-3)
-    parser.add_argument("--synthetic", type=int, default=14_000, help="fresh synthetic rows per epoch")
+    parser.add_argument("--synthetic", type=int, default=14_000, help="fresh rows of BACKBONE_DOMAINS per epoch")
+    parser.add_argument("--made-up", type=int, default=14_000, help="fresh rows of made-up domains per epoch")
     parser.add_argument("--prompt-weight", type=float, default=0.0, help="loss weight of prompt tokens; answers have 1")
     parser.add_argument("--batch-tokens", type=int, default=3072)
     parser.add_argument("--threads", type=int, default=2)
@@ -221,11 +268,10 @@ def main() -> None:
     else:
         model, tokenizer = fresh_model(real)
     say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(real)} real rows")
+    tokenizer.save_pretrained(args.out)  # before padding settings for the evaluation get into it
     train(model, tokenizer, real, args)
-    model.eval()
     say(f"float32: {evaluate(model, tokenizer, held_out)}")
     model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
     store_bfloat16(args.out)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()

@@ -46,14 +46,15 @@ def generate_rows(seed: int, rows: int, domains: Sequence[str] | None = None) ->
     while len(found) < rows:
         schema = draw_schema(rng, known[rng.choice(chosen)])
         for _ in range(rng.randint(1, 2)):
-            pair = _question(rng, schema)
+            pair = draw_question(rng, schema)
             if pair is not None and (schema.context, pair[0]) not in seen:
                 seen.add((schema.context, pair[0]))
                 found.append({"question": pair[0], "context": schema.context, "answer": pair[1]})
     return found[:rows]
 
 
-def _question(rng: random.Random, schema: Schema) -> tuple[str, str] | None:
+def draw_question(rng: random.Random, schema: Schema) -> tuple[str, str] | None:
+    """A random question on a schema with its SQL, or None where the drawn kind does not fit the schema."""
     linked = len(schema.tables) > 1 and rng.random() < 0.75
     table = LINKED if linked else SINGLE
     builder, _ = rng.choices(table, [weight for _, weight in table])[0]
