@@ -96,8 +96,10 @@ def made_up_rows(seed: int, count: int, pool: list[str]) -> list[Row]:
     kinds = ("person", "city", "country", "date", "year", "company", "title", "code", "language", "colour")
     rows: list[Row] = []
     while len(rows) < count:
-        names = iter(dict.fromkeys(invented_name(rng, pool) for _ in range(40)))
-        tables = [next(names) for _ in range(3)]
+        names: dict[str, None] = {}
+        while len(names) < 3 + 3 * 5:
+            names[invented_name(rng, pool)] = None
+        tables, rest = list(names)[:3], iter(list(names)[3:])
         domain = {}
         for i, table in enumerate(tables):
             drawn: list[tuple[tuple[str, ...], str | tuple[str, ...]]] = []
@@ -105,9 +107,7 @@ def made_up_rows(seed: int, count: int, pool: list[str]) -> list[Row]:
                 low = rng.choice((0, 1, 10, 100, 1000))
                 number = f"{rng.choice(('int', 'int', 'real'))} {low} {low * 90 + 60} {rng.choice((1, 1, 0.5))}"
                 words = tuple(dict.fromkeys(rng.choice(pool).replace("_", " ") for _ in range(5)))
-                drawn.append(
-                    ((next(names),), rng.choice((number, number, words, rng.choice(kinds), rng.choice(kinds))))
-                )
+                drawn.append(((next(rest),), rng.choice((number, number, words, rng.choice(kinds), rng.choice(kinds)))))
             plural = table + ("" if table.endswith("s") else "s")
             domain[table] = TableSpec(table, plural, tuple(tables[:i]), tuple(drawn))
         schema = draw_schema(rng, domain)
