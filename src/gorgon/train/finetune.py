@@ -36,6 +36,8 @@ BEST = "best"
 CURVES = "tensorboard"
 SORTED_BATCHES = 32
 """Batches whose rows are sorted by length together: more means less padding, fewer means more chance."""
+MERGE_TOLERANCE = 0.05
+"""Relative change of the loss that rounding the merged weights explains."""
 LOG_STEPS = 10
 """Optimizer steps between two points of the training curves."""
 CHECKPOINT_FILES = ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -83,6 +85,12 @@ def _finetune(run: StepRun, config: FinetuneConfig, files: dict[str, Path]) -> N
         merged.model.save_pretrained(run.directory)
         merged.tokenizer.save_pretrained(run.directory)
     best = watch.best
+    if config.quantization == "none" and abs(loss - best["loss"]) > MERGE_TOLERANCE * best["loss"]:
+        run.warnings.append(
+            f"the merged weights have a held-out loss of {loss:.4f}, the adapters {best['loss']:.4f}: "
+            "did the backbone's files change meanwhile?"
+        )
+        say(run.warnings[-1])
     say(f"held-out loss {watch.evaluations[0]['loss']:.4f} before, {loss:.4f} after merging step {best['step']}")
     run.metrics.update(
         backbone=name, loss_before=watch.evaluations[0]["loss"], loss_after=loss, best_step=best["step"],
