@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,3 +181,25 @@ def test_a_broken_manifest_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
         read_manifest(tmp_path)
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_no_output(tmp_path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from gorgon.artifacts import run_step
+from gorgon.config import TuneConfig
+
+def body(run):
+    (run.directory / "result.txt").write_text("half")
+    if sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run_step("tune", TuneConfig(), {}, Path(sys.argv[1]), body)
+"""
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", code, str(out), "kill"], check=False)
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
+    subprocess.run([sys.executable, "-c", code, str(out), "finish"], check=True)
+    assert (out / "result.txt").read_text() == "half"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
