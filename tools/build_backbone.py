@@ -237,6 +237,15 @@ def store_bfloat16(directory: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
+@torch.no_grad()
+def average(model: Any, other: Path, share: float) -> None:
+    """Mixes in an earlier stage's weights, `share` of them: keeps what the last stage's narrower data let go."""
+    from transformers import AutoModelForCausalLM
+
+    earlier = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).state_dict()
+    model.load_state_dict({name: torch.lerp(t, earlier[name], share) for name, t in model.state_dict().items()})
+
+
 def main() -> None:
     """Reads the arguments, trains, evaluates before and after rounding, writes the directory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,6 +254,8 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="continue from this model directory, with its tokenizer")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=25.0, help="0 only evaluates --init")
+    parser.add_argument("--average", type=Path, help="at the end, mix in the weights of this model directory")
+    parser.add_argument("--average-share", type=float, default=0.3, help="how much of the result they are")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--synthetic", type=int, default=14_000, help="fresh rows of BACKBONE_DOMAINS per epoch")
     parser.add_argument("--made-up", type=int, default=14_000, help="fresh rows of made-up domains per epoch")
@@ -270,6 +281,8 @@ def main() -> None:
     say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(real)} real rows")
     tokenizer.save_pretrained(args.out)  # before padding settings for the evaluation get into it
     train(model, tokenizer, real, args)
+    if args.average:
+        average(model, args.average, args.average_share)
     say(f"float32: {evaluate(model, tokenizer, held_out)}")
     model.save_pretrained(args.out)
     store_bfloat16(args.out)
