@@ -129,6 +129,9 @@ class TuneConfig(StepConfig):
     ngram_lengths: list[int] = Field(
         [0, 2, 4, 6, 8], description="Lengths of the n-gram branch to try; [0] turns the branch off."
     )
+    draft_coverage: float = Field(
+        0.999, gt=0, le=1, description="Heads draft the tokens that make up this share of all answers; 1 drafts any."
+    )
     trials: int = Field(5, ge=3, description="Timing passes per tree size; the median counts.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
     seed: int = Field(42, description="Seed of the prompt choice.")

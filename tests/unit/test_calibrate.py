@@ -1,5 +1,7 @@
 """Calibration positions against what the engine really does: replaying predicts its steps exactly."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from gorgon.data.chat import encode_prompt
 from gorgon.data.sample import generate_rows
 from gorgon.decode.calibrate import positions_of
 from gorgon.decode.engine import Engine
+from gorgon.decode.tune import draft_vocabulary
 from gorgon.models.backbone import load_backbone
 
 
@@ -33,10 +36,15 @@ def setting():
     return engine, prompts, answers
 
 
+@pytest.mark.parametrize("coverage", [1.0, 0.8])
 @pytest.mark.parametrize("ngram", [0, 5])
-def test_a_replay_is_what_the_engine_does_step_by_step(setting, ngram):
+def test_a_replay_is_what_the_engine_does_step_by_step(setting, ngram, coverage):
     engine, prompts, answers = setting
-    texts = [positions_of(engine.backbone, engine.heads, p, a) for p, a in zip(prompts, answers, strict=True)]
+    vocabulary = draft_vocabulary(Counter(t for a in answers for t in a), coverage, engine.backbone.vocab_size)
+    assert (vocabulary is None) == (coverage == 1.0)
+    vocabulary_U = None if vocabulary is None else torch.tensor(vocabulary)
+    engine = Engine(engine.backbone, engine.heads, engine.tree, vocabulary_U)
+    texts = [positions_of(engine, p, a) for p, a in zip(prompts, answers, strict=True)]
     counts = count_prefixes((p for t in texts for p in t), max_rank=6, ngram=ngram)
     tree = best_tree(counts, 10, ngram=ngram)
     decoding = engine.with_tree(tree)
@@ -49,3 +57,12 @@ def test_a_replay_is_what_the_engine_does_step_by_step(setting, ngram):
         assert sum(generation.step_tokens) == result.tokens
         accepted += sum(node > 0 for node in generation.step_nodes)
     assert accepted > 5, "drafts must be accepted, or this test shows nothing"
+
+
+def test_a_draft_vocabulary_is_the_most_frequent_tokens():
+    counts = Counter({7: 90, 3: 9, 5: 1})
+    assert draft_vocabulary(counts, 0.9, 100) == [7]
+    assert draft_vocabulary(counts, 0.95, 100) == [3, 7]
+    assert draft_vocabulary(counts, 0.999, 100) == [3, 5, 7]
+    assert draft_vocabulary(counts, 1.0, 100) is None
+    assert draft_vocabulary(counts, 0.999, 3) is None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gorgon.decode.engine import Engine
+from gorgon.decode.text import cut_at_stop
 from gorgon.models.backbone import Backbone
 
 PLAIN = "plain"
@@ -110,12 +111,6 @@ class TransformersDecoder:
         ended = bool(token_ids) and token_ids[-1] in backbone.end_ids
         text = backbone.tokenizer.decode(token_ids[:-1] if ended else token_ids, skip_special_tokens=True)
         return Answer(token_ids, cut_at_stop(text, stop), streamer.at - start)
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """The text before the first stop string in it."""
-    places = [place for place in (text.find(s) for s in stop) if place >= 0]
-    return text[: min(places)] if places else text
 
 
 def top_margin(backbone: Backbone, token_ids: list[int]) -> float:

@@ -84,7 +84,12 @@ class PackedHeads:
     Decoding reads one hidden state per step; head by head, the call overhead would exceed the arithmetic.
     """
 
-    def __init__(self, heads: MedusaHeads, count: int) -> None:
+    def __init__(self, heads: MedusaHeads, count: int, vocabulary_U: Tensor | None = None) -> None:
+        """Args:
+        count: K', how many heads are read.
+        vocabulary_U: int64, the tokens that may be drafted; None is all of them. The projection onto the others is
+            left out: in one domain a few hundred tokens make up the answers, and the projection is the heads' cost.
+        """
         if not 0 <= count <= len(heads):
             raise ShapeError("the tree is deeper than there are heads", field="heads", value=count,
                              allowed=f"0 to {len(heads)}")  # fmt: skip
@@ -98,10 +103,12 @@ class PackedHeads:
             for j in range(heads.num_layers if count else 0)
         ]
         weights = [cast(Tensor, head[-1].weight).detach() for head in chosen]
+        if vocabulary_U is not None:
+            weights = [weight_VH[vocabulary_U] for weight_VH in weights]
         self._projection_KHV = torch.stack(weights).transpose(1, 2) if count else None
 
     def __call__(self, hidden_1H: Tensor) -> Tensor:
-        """Logits [K', V] of one position.
+        """Logits [K', V] of one position, or [K', U] over the draft vocabulary.
 
         Invariant: equal to `MedusaHeads.forward` at that position up to rounding; drafts need no more, because every
         token is verified by the backbone.

@@ -100,15 +100,19 @@ def head_statistics(heads: MedusaHeads, hidden_NH: Tensor, labels_KN: Tensor) ->
     return loss_K, hits_KR, count_K
 
 
-def label_ranks(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+def label_ranks(logits_NV: Tensor, labels_N: Tensor, among_U: Tensor | None = None) -> Tensor:
     """How many tokens each position puts before its label: 0 when the label is the argmax.
 
     Of equal logits the lower token id comes first, as argmax has it. Rows labelled `IGNORE` get a rank of no meaning.
+    Args: among_U: int64, count only these tokens; a label that is not among them gets the rank V, behind them all.
     """
     safe_N1 = labels_N.clamp(min=0)[:, None]
     own_N1 = logits_NV.gather(1, safe_N1)
     lower_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device) < safe_N1
-    return ((logits_NV > own_N1) | ((logits_NV == own_N1) & lower_NV)).sum(1)
+    before_NV = (logits_NV > own_N1) | ((logits_NV == own_N1) & lower_NV)
+    if among_U is None:
+        return before_NV.sum(1)
+    return torch.where(torch.isin(labels_N, among_U), before_NV[:, among_U].sum(1), logits_NV.shape[1])
 
 
 def _check(heads: MedusaHeads, hidden_NH: Tensor, labels_KN: Tensor) -> None:

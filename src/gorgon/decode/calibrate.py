@@ -13,7 +13,6 @@ from gorgon.decode.drafts import NgramDrafts
 from gorgon.decode.engine import Engine
 from gorgon.errors import Interrupted
 from gorgon.interrupts import requested
-from gorgon.models.backbone import Backbone
 from gorgon.progress import bar
 
 
@@ -32,16 +31,14 @@ def write_answers(engine: Engine, prompts: Sequence[list[int]], max_new_tokens: 
     return answers
 
 
-def positions_of(
-    backbone: Backbone, heads: MedusaHeads | None, prompt_ids: list[int], answer_ids: list[int]
-) -> list[Position]:
+def positions_of(engine: Engine, prompt_ids: list[int], answer_ids: list[int]) -> list[Position]:
     """One Position for each answer token that can be a step's root: all but the last.
 
     With root a_i the heads read the hidden state that decided a_i, so head k's true token is a_(i+k+1); the n-gram
     branch reads the context up to a_i.
     """
     last = len(answer_ids) - 1
-    ranks = _ranks(backbone, heads, prompt_ids, answer_ids) if heads is not None and last > 0 else [[]] * last
+    ranks = _ranks(engine, engine.heads, prompt_ids, answer_ids) if engine.heads and last > 0 else [[]] * last
     ngrams = NgramDrafts()
     ngrams.extend(prompt_ids)
     positions = []
@@ -56,13 +53,17 @@ def positions_of(
 
 
 @torch.inference_mode()
-def _ranks(backbone: Backbone, heads: MedusaHeads, prompt_ids: list[int], answer_ids: list[int]) -> list[list[int]]:
-    """Per root position the ranks of the true tokens, head by head, as far as the text goes."""
+def _ranks(engine: Engine, heads: MedusaHeads, prompt_ids: list[int], answer_ids: list[int]) -> list[list[int]]:
+    """Per root position the ranks of the true tokens among those that may be drafted, as far as the text goes."""
+    backbone, vocabulary_U = engine.backbone, engine.vocabulary_U
     tokens_T = torch.tensor(prompt_ids + answer_ids, device=backbone.device)
     first, end = len(prompt_ids) - 1, len(prompt_ids) + len(answer_ids)
     hidden_NH = backbone.hidden(tokens_T[None, :-2])[0, first:]  # the last two states have no token to be ranked
     positions_N = torch.arange(first, end - 2, device=backbone.device)
     labels_KN = head_labels(tokens_T, positions_N, torch.full_like(positions_N, end), len(heads))
-    by_head = [label_ranks(heads.head(k, hidden_NH), labels_KN[k]).tolist() for k in range(len(heads))]
+    by_head = []
+    for k in range(len(heads)):
+        ranks_N = label_ranks(heads.head(k, hidden_NH), labels_KN[k], vocabulary_U)
+        by_head.append(ranks_N.tolist())
     left = len(positions_N)
     return [list(ranks[: left - i]) for i, ranks in enumerate(zip(*by_head, strict=True))]

@@ -17,15 +17,17 @@ LONGEST_SUFFIX = 4
 
 
 class HeadDrafts:
-    """The first choices of the heads that a tree reads."""
+    """The first choices of the heads that a tree reads, from all tokens or from a draft vocabulary."""
 
-    def __init__(self, heads: MedusaHeads, tree: DraftTree) -> None:
-        self._packed, self._width = PackedHeads(heads, tree.heads), tree.width
+    def __init__(self, heads: MedusaHeads, tree: DraftTree, vocabulary_U: Tensor | None = None) -> None:
+        self._packed, self._width = PackedHeads(heads, tree.heads, vocabulary_U), tree.width
+        self._vocabulary_U = vocabulary_U
 
     def __call__(self, hidden_1H: Tensor) -> Tensor:
         """Int64 [K * R]: for each head its R most likely tokens, best first, heads one after another."""
         choices_KR: Tensor = self._packed(hidden_1H).topk(self._width, dim=-1).indices
-        return choices_KR.view(-1)
+        choices = choices_KR.view(-1)
+        return choices if self._vocabulary_U is None else self._vocabulary_U[choices]
 
 
 class NgramDrafts:

@@ -8,16 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from gorgon.config import Dtype
 from gorgon.core.heads import MedusaHeads
 from gorgon.core.tree import DraftTree
 from gorgon.decode.drafts import HeadDrafts, NgramDrafts
 from gorgon.decode.step import StepResult, TreeLayout, prefill, verify
-from gorgon.decode.text import TextStream
+from gorgon.decode.text import TextStream, cut_at_stop
 from gorgon.errors import GorgonError, LimitError, ModelError
 from gorgon.models.backbone import Backbone, load_backbone, transpose_linear_weights
 from gorgon.models.cache import TreeCache
-from gorgon.models.directory import base_model, load_heads, read_tree
+from gorgon.models.directory import base_model, load_heads, read_draft_vocabulary, read_tree
 
 Finish = Literal["end", "length", "stop"]
 
@@ -55,23 +58,29 @@ class Engine:
     Invariant: the tokens do not depend on the tree (DESIGN.md, invariant 1); the one-node tree is plain decoding.
     """
 
-    def __init__(self, backbone: Backbone, heads: MedusaHeads | None, tree: DraftTree) -> None:
-        """Raises: ModelError when the tree needs more heads, or ranks, than there are."""
+    def __init__(
+        self, backbone: Backbone, heads: MedusaHeads | None, tree: DraftTree, vocabulary_U: Tensor | None = None
+    ) -> None:
+        """Args: vocabulary_U: int64, the tokens that the heads may draft; None is all of them.
+
+        Raises: ModelError when the tree needs more heads, or ranks, than there are.
+        """
         available = 0 if heads is None else len(heads)
         if tree.heads > available:
             raise ModelError("the tree is deeper than there are heads", field="tree", value=tree.heads,
                              allowed=f"at most {available}")  # fmt: skip
-        if tree.width > backbone.vocab_size:
+        size = backbone.vocab_size if vocabulary_U is None else len(vocabulary_U)
+        if tree.width > size:
             raise ModelError("a rank of the tree exceeds the vocabulary", field="tree", value=tree.width - 1,
-                             allowed=f"0 to {backbone.vocab_size - 1}")  # fmt: skip
-        self.backbone, self.heads, self.tree = backbone, heads, tree
-        self._drafts = HeadDrafts(heads, tree) if heads is not None and tree.paths else None
+                             allowed=f"0 to {size - 1}")  # fmt: skip
+        self.backbone, self.heads, self.tree, self.vocabulary_U = backbone, heads, tree, vocabulary_U
+        self._drafts = HeadDrafts(heads, tree, vocabulary_U) if heads is not None and tree.paths else None
         self._cache: TreeCache | None = None
         self._layouts: tuple[TreeLayout, ...] = ()
 
     def with_tree(self, tree: DraftTree) -> Engine:
         """An engine with another tree on the same weights."""
-        return Engine(self.backbone, self.heads, tree)
+        return Engine(self.backbone, self.heads, tree, self.vocabulary_U)
 
     def plain(self) -> Engine:
         """Plain decoding on the same weights: the tree is the root alone."""
@@ -89,10 +98,8 @@ class Engine:
         return generation
 
     def _text(self, generation: Generation, stop: Sequence[str]) -> str:
-        text = TextStream(self.backbone.tokenizer, stop)
-        for token in generation.token_ids[: -1 if generation.finish == "end" else None]:
-            text.push(token)
-        return text.finish()
+        ids = generation.token_ids[: -1 if generation.finish == "end" else None]
+        return cut_at_stop(str(self.backbone.tokenizer.decode(ids, skip_special_tokens=True)), stop)
 
     def stream(self, prompt_ids: list[int], *, max_new_tokens: int, stop: Sequence[str] = ()) -> Iterator[Generation]:
         """Yields the growing generation after the prefill and after every step; the last lacks only its `text`.
@@ -192,4 +199,8 @@ def load_engine(model: str | Path, *, dtype: Dtype = "auto", tree: DraftTree | N
     heads = load_heads(model, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
     heads = heads.to(device=backbone.device, dtype=backbone.dtype)
     transpose_linear_weights(backbone.model)
-    return Engine(backbone, heads, tree if tree is not None else read_tree(model))
+    if tree is not None:
+        return Engine(backbone, heads, tree)
+    vocabulary = read_draft_vocabulary(model)
+    vocabulary_U = None if vocabulary is None else torch.tensor(vocabulary, device=backbone.device)
+    return Engine(backbone, heads, read_tree(model), vocabulary_U)

@@ -26,8 +26,7 @@ class TextStream:
     @property
     def text(self) -> str:
         """Everything decoded so far, cut before the stop string if one was found."""
-        cut = self._cut(self._text)
-        return self._text if cut is None else self._text[:cut]
+        return cut_at_stop(self._text, self._stop)
 
     def push(self, token: int) -> bool:
         """Adds a token; True when a stop string is now complete."""
@@ -39,18 +38,18 @@ class TextStream:
         if not now.endswith("�") and len(now) >= len(before):
             self._text += now[len(before) :]
             self._anchor, self._sent = self._sent, len(self._ids)
-        return self._cut(self._text) is not None
+        return any(text in self._text for text in self._stop)
 
     def finish(self) -> str:
         """The whole text, incomplete characters at its end included, cut before the stop string."""
-        whole = self._decode(self._ids)
-        cut = self._cut(whole)
-        return whole if cut is None else whole[:cut]
+        return cut_at_stop(self._decode(self._ids), self._stop)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    def _cut(self, text: str) -> int | None:
-        found = [place for s in self._stop if (place := text.find(s)) >= 0]
-        return min(found, default=None)
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first stop string in it."""
+    found = [place for s in stop if (place := text.find(s)) >= 0]
+    return text[: min(found)] if found else text

@@ -27,6 +27,10 @@ from gorgon.models.directory import HEADS_FILE
 from gorgon.progress import say
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
+COUNTED_ROWS = 20_000
+"""Training answers whose tokens are counted for the draft vocabulary."""
+MOST_OF = 0.75
+"""A draft vocabulary above this share of the whole one saves too little to be worth a table."""
 FINALISTS = 4
 """Candidates that are decoded for real before one is chosen; step times predict speed to a few percent only."""
 
@@ -77,7 +81,12 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
     if not pairs:
         raise DataError("the model writes only empty answers to the validation prompts", file=rows)
     with run.timed("statistics"):
-        texts = [positions_of(engine.backbone, engine.heads, p, a) for p, a in pairs]
+        counted = count_tokens(engine, rows.with_name("train.jsonl"), [a for _, a in pairs])
+        vocabulary = draft_vocabulary(counted, config.draft_coverage, engine.backbone.vocab_size)
+        if vocabulary is not None:
+            vocabulary_U = torch.tensor(vocabulary, device=engine.backbone.device)
+            engine = Engine(engine.backbone, engine.heads, engine.tree, vocabulary_U)
+        texts = [positions_of(engine, p, a) for p, a in pairs]
     counts = count_prefixes((p for text in texts for p in text), max_rank=config.max_rank)
     with run.timed("step times"):
         curve = measure_steps(engine, counts, pairs, config)
@@ -96,6 +105,7 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
             "device": _device_name(engine),
             "dtype": str(engine.backbone.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            "draft_vocabulary": vocabulary,
             "trees": [
                 {
                     "batch_size": 1,
@@ -123,11 +133,38 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
     run.metrics.update(
         nodes=best.tree.nodes, ngram=best.tree.ngram, tokens_per_step=round(best.replay.tokens_per_step, 4),
         step_ms=round(best.step_ms, 4), plain_step_ms=round(plain, 4), calibration_positions=positions,
+        draft_vocabulary=engine.backbone.vocab_size if vocabulary is None else len(vocabulary),
     )  # fmt: skip
     say(
         f"tuned tree: {best.tree.nodes} nodes ({best.tree.ngram} of them n-gram), "
         f"{best.replay.tokens_per_step:.2f} tokens per step, step time {best.step_ms / plain:.2f}x plain"
     )
+
+
+def count_tokens(engine: Engine, rows: Path, answers: Sequence[list[int]]) -> Counter[int]:
+    """How often each token occurs in reference answers of the training split, and in answers the model wrote."""
+    counts = Counter(token for answer in answers for token in answer)
+    tokenizer = engine.backbone.tokenizer
+    if rows.is_file():
+        texts = [example.answer for example in read_examples(rows)[:COUNTED_ROWS]]
+        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []:
+            counts.update(ids)
+    return counts
+
+
+def draft_vocabulary(counts: Counter[int], coverage: float, size: int) -> list[int] | None:
+    """The fewest tokens that make up `coverage` of all occurrences, in order of id; None when they are most of `size`.
+
+    Source: frequency-ranked draft vocabularies, FR-Spec, arXiv:2502.14856. Lossless, because the backbone verifies
+    over its whole vocabulary: a token outside is never drafted, and costs a step where it occurs.
+    """
+    wanted, taken, chosen = coverage * counts.total(), 0, []
+    for token, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if taken >= wanted:
+            break
+        taken += count
+        chosen.append(token)
+    return None if coverage >= 1 or len(chosen) > MOST_OF * size else sorted(chosen)
 
 
 def _prompts(engine: Engine, rows: Path, config: TuneConfig) -> list[list[int]]:

@@ -162,3 +162,18 @@ def read_tree(directory: str | Path, *, batch_size: int = 1) -> DraftTree:
         raise ModelError(f"{path} has no tree for batch size {batch_size}", field="batch_size") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is not a valid tree file: {error}", hint="run `gorgon tune` again") from error
+
+
+def read_draft_vocabulary(directory: str | Path) -> list[int] | None:
+    """The tokens that the heads draft, from tree.json; None when they draft from the whole vocabulary.
+
+    Raises: ModelError when the entry is not a list of token ids.
+    """
+    path = Path(directory) / "tree.json"
+    try:
+        tokens = json.loads(path.read_text(encoding="utf-8")).get("draft_vocabulary")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is not a valid tree file: {error}", hint="run `gorgon tune` again") from error
+    if tokens is not None and not (isinstance(tokens, list) and tokens and all(isinstance(t, int) for t in tokens)):
+        raise ModelError(f"{path}: 'draft_vocabulary' must be a list of token ids", field="draft_vocabulary")
+    return tokens
