@@ -91,7 +91,8 @@ def run_step(
         body raises. After an error nothing half-written is left, except checkpoints for resuming.
     """
     digests = {name: digest_input(value) for name, value in inputs.items() if value is not None}
-    fingerprint = _sha256_text(json.dumps([step, config.model_dump(mode="json"), digests], sort_keys=True))
+    settings = config.model_dump(mode="json", exclude=set(digests))  # an input's contents count, not where it lies
+    fingerprint = _sha256_text(json.dumps([step, settings, digests], sort_keys=True))
     done = read_manifest(out) if (out / MANIFEST).is_file() else None
     if done is not None and done.get("fingerprint") == fingerprint and not force:
         return StepResult(out, done, reused=True)

@@ -203,3 +203,11 @@ run_step("tune", TuneConfig(), {}, Path(sys.argv[1]), body)
     subprocess.run([sys.executable, "-c", code, str(out), "finish"], check=True)
     assert (out / "result.txt").read_text() == "half"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_input_that_was_moved_is_the_same_input(tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place).write_text("same")
+        config = TuneConfig(data=str(tmp_path / place))
+        result = _step(tmp_path / "out", _write("x"), config=config, inputs={"data": tmp_path / place})
+        assert result.reused == (place == "b")

@@ -29,7 +29,7 @@ class Contestants:
         On a CPU `transformers.generate` gets weights of its own: our engine lays them out for itself, and a
         comparison must not slow down the other side. On a GPU nothing is changed, so memory is shared.
         """
-        engine = load_engine(model, dtype=dtype)
+        engine = load_engine(model, dtype=dtype, traced=True)
         theirs = engine.backbone
         if theirs.device.type == "cpu":
             theirs = load_backbone(base_model(model), dtype=dtype)

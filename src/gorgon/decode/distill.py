@@ -15,7 +15,7 @@ from gorgon.data.chat import encode_prompt
 from gorgon.data.examples import Example, read_examples, write_examples
 from gorgon.errors import DataError, Interrupted
 from gorgon.interrupts import requested
-from gorgon.models.backbone import Backbone, load_backbone, transpose_linear_weights
+from gorgon.models.backbone import Backbone, load_backbone, resolve_model, transpose_linear_weights
 from gorgon.progress import bar
 
 SPLITS = ("train", "validation")
@@ -27,9 +27,9 @@ def distill(config: DistillConfig, out: Path, *, force: bool = False) -> StepRes
     Raises: DataError when no prompt leaves room for an answer.
     """
     files = {s: require_step_file(config.data, f"{s}.jsonl", field="data", step="prepare") for s in SPLITS}
-    return run_step(
-        "distill", config, {"model": config.model, **files}, out, lambda run: _body(config, files, run), force=force
-    )
+    model = resolve_model(config.model)
+    inputs: dict[str, str | Path | None] = {"model": model, "data": files["train"], "validation": files["validation"]}
+    return run_step("distill", config, inputs, out, lambda run: _body(config, files, run), force=force)
 
 
 def _body(config: DistillConfig, files: dict[str, Path], run: StepRun) -> None:

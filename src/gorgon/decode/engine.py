@@ -190,15 +190,20 @@ class Engine:
         return False
 
 
-def load_engine(model: str | Path, *, dtype: Dtype = "auto", tree: DraftTree | None = None) -> Engine:
+def load_engine(
+    model: str | Path, *, dtype: Dtype = "auto", tree: DraftTree | None = None, traced: bool = False
+) -> Engine:
     """Loads a model directory: backbone, heads, and its tuned tree unless another is given.
 
+    Args: traced: spend seconds at the first steps to make later ones faster (`Backbone.trace_steps`).
     Raises: ModelError for an incomplete directory, tensors that do not fit, or no tuned tree.
     """
     backbone = load_backbone(base_model(model), dtype=dtype)
     heads = load_heads(model, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
     heads = heads.to(device=backbone.device, dtype=backbone.dtype)
     transpose_linear_weights(backbone.model)
+    if traced:
+        backbone.trace_steps()
     if tree is not None:
         return Engine(backbone, heads, tree)
     vocabulary = read_draft_vocabulary(model)

@@ -103,7 +103,7 @@ def verify(
     positions_N = layout.depths_N + cache.length
     if cache.length + len(layout.tree.parents) > last_position:
         positions_N = positions_N.clamp(max=last_position)
-    hidden_NH = backbone.decoder(
+    hidden_NH = backbone.step_decoder(
         input_ids=tokens_N[None],
         attention_mask=layout.mask(cache.length),
         position_ids=positions_N[None],

@@ -66,14 +66,16 @@ def tune(config: TuneConfig, out: Path, *, force: bool = False) -> StepResult:
     """
     heads = require_step_file(config.model, HEADS_FILE, field="model", step="train-heads")
     rows = require_step_file(config.data, "validation.jsonl", field="data", step="prepare")
+    counted = rows.with_name("train.jsonl")
+    inputs = {"model": heads.parent, "data": rows, "train": counted if counted.is_file() else None}
     return run_step(
-        "tune", config, {"model": heads.parent, "data": rows}, out,
+        "tune", config, inputs, out,
         lambda run: _body(config, heads.parent, rows, run), force=force,
     )  # fmt: skip
 
 
 def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
-    engine = load_engine(model, dtype=config.dtype, tree=DraftTree())
+    engine = load_engine(model, dtype=config.dtype, tree=DraftTree(), traced=True)
     prompts = _prompts(engine, rows, config)
     with run.timed("answers"):
         answers = write_answers(engine, prompts, config.max_new_tokens, "writing calibration answers")
