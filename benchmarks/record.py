@@ -29,7 +29,8 @@ def result_of(run: Path) -> dict[str, Any]:
         step: {key: manifests[step][key] for key in ("config", "seconds", "timings_s", "metrics", "warnings")}
         for step in order
     }
-    return _portable({"name": run.name, "recorded": manifests["compare"]["started"], "steps": steps, "summary": summary})
+    recorded = manifests["compare"]["started"]
+    return _portable({"name": run.name, "recorded": recorded, "steps": steps, "summary": summary})
 
 
 def _portable(value: Any) -> Any:
@@ -45,7 +46,7 @@ def _portable(value: Any) -> Any:
 def table(results: list[dict[str, Any]]) -> str:
     """The README's rows: one per result, tokens per step beside every speed-up."""
     lines = [
-        "| run | model, machine | exact match | tokens per step | vs plain | vs `transformers.generate` | mean latency: plain, Medusa |",
+        "| run | model, machine | exact match | tokens per step | vs plain | vs `transformers` | mean latency |",
         "|---|---|---|---|---|---|---|",
     ]
     for result in results:
@@ -54,10 +55,10 @@ def table(results: list[dict[str, Any]]) -> str:
         plain, hf = speed["vs_plain_range"], speed["vs_transformers_range"]
         lines.append(
             f"| `{result['name']}` | {s['model']['parameters'] / 1e6:.1f}M, {s['model']['dtype']}, "
-            f"{s['model']['threads']} CPU threads | {s['exact_match']:.3f} of {s['prompts']} | {s['tokens_per_step']:.2f} "
-            f"({s['tree']['nodes']} nodes) | **{speed['vs_plain']:.2f}x** ({plain[0]:.2f} to {plain[1]:.2f}) | "
+            f"{s['model']['threads']} CPU threads | {s['exact_match']:.3f} of {s['prompts']} | "
+            f"{s['tokens_per_step']:.2f} ({s['tree']['nodes']} nodes) | **{speed['vs_plain']:.2f}x** ({plain[0]:.2f} to {plain[1]:.2f}) | "
             f"**{speed['vs_transformers']:.2f}x** ({hf[0]:.2f} to {hf[1]:.2f}) | "
-            f"{latency['plain']['mean']:.1f} ms, {latency['medusa']['mean']:.1f} ms |"
+            f"{latency['plain']['mean']:.1f} to {latency['medusa']['mean']:.1f} ms |"
         )
     return "\n".join(lines)
 
