@@ -53,13 +53,16 @@ def table(results: list[dict[str, Any]]) -> str:
         s = result["summary"]
         speed, latency = s["speedup"], s["latency_ms"]
         plain, hf = speed["vs_plain_range"], speed["vs_transformers_range"]
-        lines.append(
-            f"| `{result['name']}` | {s['model']['parameters'] / 1e6:.1f}M, {s['model']['dtype']}, "
-            f"{s['model']['threads']} CPU threads | {s['exact_match']:.3f} of {s['prompts']} | "
-            f"{s['tokens_per_step']:.2f} ({s['tree']['nodes']} nodes) | **{speed['vs_plain']:.2f}x** ({plain[0]:.2f} to {plain[1]:.2f}) | "
-            f"**{speed['vs_transformers']:.2f}x** ({hf[0]:.2f} to {hf[1]:.2f}) | "
-            f"{latency['plain']['mean']:.1f} to {latency['medusa']['mean']:.1f} ms |"
-        )
+        cells = [
+            f"`{result['name']}`",
+            f"{s['model']['parameters'] / 1e6:.1f}M, {s['model']['dtype']}, {s['model']['threads']} CPU threads",
+            f"{s['exact_match']:.3f} of {s['prompts']}",
+            f"{s['tokens_per_step']:.2f} ({s['tree']['nodes']} nodes)",
+            f"**{speed['vs_plain']:.2f}x** ({plain[0]:.2f} to {plain[1]:.2f})",
+            f"**{speed['vs_transformers']:.2f}x** ({hf[0]:.2f} to {hf[1]:.2f})",
+            f"{latency['plain']['mean']:.1f} to {latency['medusa']['mean']:.1f} ms",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
