@@ -197,3 +197,13 @@ def test_the_weight_layout_changes_no_value():
     assert all(torch.equal(p, weights[n]) for n, p in backbone.model.named_parameters())
     torch.testing.assert_close(backbone.model(ids).logits, before)
     assert _answer(backbone, TREES["plain"], _prompts()[2], 30, []).token_ids == _reference(backbone, _prompts()[2], 30)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_traced_steps_write_the_same_tokens(family):
+    backbone = _backbone(family)
+    backbone.trace_steps()
+    for tree in (TREES["plain"], TREES["bushy"], TREES["bushy + ngram"]):
+        for seed, prompt in enumerate(_prompts()):
+            expected = _reference(backbone, prompt, 30)
+            assert _answer(backbone, tree, prompt, 30, expected, seed).token_ids == expected
