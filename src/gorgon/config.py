@@ -19,6 +19,8 @@ EMBEDDED = "embedded"
 """Name of the backbone and of the dataset that ship inside the package."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+StepMode = Literal["auto", "eager", "recorded", "compiled"]
+"""How decoding steps are run (`models.compiler`)."""
 
 
 class StepConfig(BaseModel):

@@ -89,6 +89,10 @@ class LimitError(GorgonError):
     """A request asks for more than the model or the machine holds (context length, tokens, memory)."""
 
 
+class SamplingError(GorgonError):
+    """A sampling option is out of range, or contradicts another one."""
+
+
 class StorageError(GorgonError):
     """A directory cannot be written: full disk, no permission, or files that are not ours in the way."""
 

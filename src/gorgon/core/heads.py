@@ -107,14 +107,14 @@ class PackedHeads:
             weights = [weight_VH[vocabulary_U] for weight_VH in weights]
         self._projection_KHV = torch.stack(weights).transpose(1, 2) if count else None
 
-    def __call__(self, hidden_1H: Tensor) -> Tensor:
-        """Logits [K', V] of one position, or [K', U] over the draft vocabulary.
+    def __call__(self, hidden_BH: Tensor) -> Tensor:
+        """Logits [K', B, V] at B positions, or [K', B, U] over the draft vocabulary.
 
-        Invariant: equal to `MedusaHeads.forward` at that position up to rounding; drafts need no more, because every
+        Invariant: equal to `MedusaHeads.forward` at those positions up to rounding; drafts need no more, because every
         token is verified by the backbone.
         """
         assert self._projection_KHV is not None
-        x_K1H = hidden_1H.expand(self.count, 1, -1)
+        x_KBH = hidden_BH.expand(self.count, *hidden_BH.shape)
         for weight_KHH, bias_K1H in self._blocks:
-            x_K1H = x_K1H + silu(torch.baddbmm(bias_K1H, x_K1H, weight_KHH))
-        return torch.bmm(x_K1H, self._projection_KHV).squeeze(1)
+            x_KBH = x_KBH + silu(torch.baddbmm(bias_K1H, x_KBH, weight_KHH))
+        return torch.bmm(x_KBH, self._projection_KHV)

@@ -1,69 +1,191 @@
-"""Calibration texts: what the model writes on held-out prompts, and how well its drafts would have done there."""
+"""Calibration texts: what the model writes on held-out prompts, and what heads and context said at every place.
+
+Greedy output does not depend on the drafts, so a recorded text says what any drafter would have had accepted, without
+running the model again.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from gorgon.core.acceptance import UNLISTED, AcceptanceCounts, bin_of, state_of
+from gorgon.core.draft import Draft
 from gorgon.core.heads import MedusaHeads
 from gorgon.core.loss import head_labels, label_ranks
 from gorgon.core.rank_stats import Position
-from gorgon.decode.drafts import NgramDrafts
+from gorgon.decode.drafts import Drafter
 from gorgon.decode.engine import Engine
+from gorgon.decode.ngrams import LONGEST_SUFFIX, NgramIndex
+from gorgon.decode.step import HeadChoices
 from gorgon.errors import Interrupted
 from gorgon.interrupts import requested
 from gorgon.progress import bar
+
+TOGETHER = 8
+"""Calibration prompts that are answered together."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A prompt, the model's answer, and per answer token that can be a step's root: its ranks and the heads' choices.
+
+    With root a_i the heads read the hidden state that decided a_i, so head k's true token is a_(i+k+1).
+    """
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    positions: list[Position]
+    choices: list[HeadChoices | None]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A simulated decoding.
+
+    Attributes:
+        tokens: tokens emitted, the first of each answer not counted.
+        nodes: how many steps verified a draft of how many nodes.
+        draft_s: seconds spent in the drafter.
+    """
+
+    tokens: int
+    nodes: dict[int, int]
+    draft_s: float
+
+    @property
+    def steps(self) -> int:
+        """All steps."""
+        return sum(self.nodes.values())
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens emitted per step, the backbone's own included."""
+        return self.tokens / self.steps if self.steps else 1.0
+
+    @property
+    def mean_nodes(self) -> float:
+        """Mean size of a draft."""
+        return sum(n * count for n, count in self.nodes.items()) / self.steps if self.steps else 1.0
 
 
 def write_answers(engine: Engine, prompts: Sequence[list[int]], max_new_tokens: int, title: str) -> list[list[int]]:
     """The greedy answers to the prompts as token ids, end tokens included.
 
-    Raises: Interrupted between two prompts.
+    Raises: Interrupted between two batches.
     """
-    answers = []
+    answers: list[list[int]] = []
     with bar(title, len(prompts)) as progress:
-        for prompt_ids in prompts:
+        for start in range(0, len(prompts), 4 * TOGETHER):
             if requested():
                 raise Interrupted("stopped before the end", hint="the same command starts this step again")
-            answers.append(engine.generate(prompt_ids, max_new_tokens=max_new_tokens).token_ids)
-            progress.advance()
+            part = prompts[start : start + 4 * TOGETHER]
+            made = engine.generate(part, max_new_tokens=max_new_tokens, together=TOGETHER)
+            answers += [g.token_ids for g in made]
+            progress.advance(len(part))
     return answers
 
 
-def positions_of(engine: Engine, prompt_ids: list[int], answer_ids: list[int]) -> list[Position]:
-    """One Position for each answer token that can be a step's root: all but the last.
-
-    With root a_i the heads read the hidden state that decided a_i, so head k's true token is a_(i+k+1); the n-gram
-    branch reads the context up to a_i.
-    """
+def record(engine: Engine, prompt_ids: list[int], answer_ids: list[int], width: int) -> Recording:
+    """Ranks, copied tokens and the heads' first `width` choices at every answer token but the last."""
     last = len(answer_ids) - 1
-    ranks = _ranks(engine, engine.heads, prompt_ids, answer_ids) if engine.heads and last > 0 else [[]] * last
-    ngrams = NgramDrafts()
-    ngrams.extend(prompt_ids)
+    ranks: list[list[int]] = [[]] * last
+    choices: list[HeadChoices | None] = [None] * last
+    if engine.heads is not None and last > 0:
+        ranks, choices = _read_heads(engine, engine.heads, prompt_ids, answer_ids, width)
+    context = NgramIndex(prompt_ids)
     positions = []
     for i in range(last):
-        ngrams.extend([answer_ids[i]])
-        copy = ngrams.propose(len(answer_ids))
+        context.extend([answer_ids[i]])
+        copy = context.propose(len(answer_ids))
         copied = 0
         while copied < min(len(copy), last - i) and copy[copied] == answer_ids[i + 1 + copied]:
             copied += 1
         positions.append(Position(ranks[i], copied, bool(copy)))
-    return positions
+    return Recording(prompt_ids, answer_ids, positions, choices)
 
 
 @torch.inference_mode()
-def _ranks(engine: Engine, heads: MedusaHeads, prompt_ids: list[int], answer_ids: list[int]) -> list[list[int]]:
-    """Per root position the ranks of the true tokens among those that may be drafted, as far as the text goes."""
+def _read_heads(
+    engine: Engine, heads: MedusaHeads, prompt_ids: list[int], answer_ids: list[int], width: int
+) -> tuple[list[list[int]], list[HeadChoices | None]]:
+    """Per root position the ranks of the true tokens among those that may be drafted, and the first choices."""
     backbone, vocabulary_U = engine.backbone, engine.vocabulary_U
     tokens_T = torch.tensor(prompt_ids + answer_ids, device=backbone.device)
     first, end = len(prompt_ids) - 1, len(prompt_ids) + len(answer_ids)
     hidden_NH = backbone.hidden(tokens_T[None, :-2])[0, first:]  # the last two states have no token to be ranked
     positions_N = torch.arange(first, end - 2, device=backbone.device)
     labels_KN = head_labels(tokens_T, positions_N, torch.full_like(positions_N, end), len(heads))
-    by_head = []
+    ranks, tokens, logprobs = [], [], []
     for k in range(len(heads)):
-        ranks_N = label_ranks(heads.head(k, hidden_NH), labels_KN[k], vocabulary_U)
-        by_head.append(ranks_N.tolist())
+        logits_NV = heads.head(k, hidden_NH)
+        ranks.append(label_ranks(logits_NV, labels_KN[k], vocabulary_U).tolist())
+        drafted_NU = logits_NV if vocabulary_U is None else logits_NV[:, vocabulary_U]
+        top_NR = drafted_NU.float().log_softmax(-1).topk(min(width, drafted_NU.shape[1]), dim=-1)
+        found_NR = top_NR.indices if vocabulary_U is None else vocabulary_U[top_NR.indices]
+        tokens.append(found_NR.tolist())
+        logprobs.append(top_NR.values.tolist())
     left = len(positions_N)
-    return [list(ranks[: left - i]) for i, ranks in enumerate(zip(*by_head, strict=True))]
+    by_position = [list(row[: left - i]) for i, row in enumerate(zip(*ranks, strict=True))]
+    choices: list[HeadChoices | None] = [
+        HeadChoices([t[i] for t in tokens], [p[i] for p in logprobs]) for i in range(left)
+    ]
+    return by_position, choices
+
+
+def count_acceptance(recordings: Sequence[Recording], heads: int) -> AcceptanceCounts:
+    """Counts every candidate that a dynamic tree could have had at a right node, by what heads and context said of it."""
+    counts = AcceptanceCounts(heads, LONGEST_SUFFIX)
+    for recording in recordings:
+        context = NgramIndex(recording.prompt_ids)
+        answer = recording.answer_ids
+        for i, choices in enumerate(recording.choices):
+            context.extend([answer[i]])
+            suffix = context.tail()
+            for depth in range(min(heads + 2, len(answer) - 1 - i)):
+                true = answer[i + 1 + depth]
+                place, matched = context.find(suffix)
+                offered = context.tokens[place] if matched else -1
+                if choices is not None and depth < heads:
+                    for token, logprob in zip(choices.tokens[depth], choices.logprobs[depth], strict=True):
+                        state = state_of(matched, token == offered)
+                        counts.add(depth, bin_of(logprob), state, token == true)
+                        offered = -1 if token == offered else offered
+                if offered >= 0:
+                    counts.add(min(depth, heads), UNLISTED, state_of(matched, True), offered == true)
+                suffix = (*suffix[1 - LONGEST_SUFFIX :], true)
+    return counts
+
+
+def accepted_depth(draft: Draft, following: Sequence[int]) -> int:
+    """Depth of the deepest node that agrees with the text that follows the root."""
+    right = [True] * draft.nodes
+    best = 0
+    for node in range(1, draft.nodes):
+        depth = draft.depths[node]
+        right[node] = (
+            right[draft.parents[node]] and depth <= len(following) and draft.tokens[node] == following[depth - 1]
+        )
+        if right[node] and depth > best:
+            best = depth
+    return best
+
+
+def replay_drafter(recordings: Sequence[Recording], drafter: Drafter) -> Replayed:
+    """Decodes recorded texts again with a drafter, without running the model."""
+    tokens, nodes, spent = 0, dict[int, int](), 0.0
+    for recording in recordings:
+        answer, at = recording.answer_ids, 0
+        context = NgramIndex([*recording.prompt_ids, answer[0]])
+        while at < len(answer) - 1:
+            start = time.perf_counter()
+            draft = drafter.draft(answer[at], recording.choices[at], context)
+            spent += time.perf_counter() - start
+            nodes[draft.nodes] = nodes.get(draft.nodes, 0) + 1
+            advance = min(1 + accepted_depth(draft, answer[at + 1 :]), len(answer) - 1 - at)
+            context.extend(answer[at + 1 : at + 1 + advance])
+            tokens, at = tokens + advance, at + advance
+    return Replayed(tokens, nodes, spent)

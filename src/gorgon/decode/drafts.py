@@ -1,60 +1,59 @@
-"""Where drafts come from: the heads' first choices, and continuations copied from the context.
+"""What is drafted: a drafter turns what the heads and the context say into the tree that the next step verifies.
 
-Shapes: K heads, R choices per head, H hidden size, V vocabulary.
+A drafter sees one sequence at a time and works on the host; heads whose children depend on their parent's token would
+expand a draft level by level behind the same interface.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Protocol
 
-from torch import Tensor
-
-from gorgon.core.heads import MedusaHeads, PackedHeads
+from gorgon.core.draft import Draft
 from gorgon.core.tree import DraftTree
-
-LONGEST_SUFFIX = 4
-"""Suffixes of this many tokens down to one are looked up; longer ones hardly ever decide (docs/lab-notes.md)."""
-
-
-class HeadDrafts:
-    """The first choices of the heads that a tree reads, from all tokens or from a draft vocabulary."""
-
-    def __init__(self, heads: MedusaHeads, tree: DraftTree, vocabulary_U: Tensor | None = None) -> None:
-        self._packed, self._width = PackedHeads(heads, tree.heads, vocabulary_U), tree.width
-        self._vocabulary_U = vocabulary_U
-
-    def __call__(self, hidden_1H: Tensor) -> Tensor:
-        """Int64 [K * R]: for each head its R most likely tokens, best first, heads one after another."""
-        choices_KR: Tensor = self._packed(hidden_1H).topk(self._width, dim=-1).indices
-        choices = choices_KR.view(-1)
-        return choices if self._vocabulary_U is None else self._vocabulary_U[choices]
+from gorgon.decode.ngrams import NgramIndex
+from gorgon.decode.step import HeadChoices
 
 
-class NgramDrafts:
-    """What followed the longest suffix of the context when it last occurred.
+class Drafter(Protocol):
+    """Proposes the nodes of the next step.
 
-    Text-to-SQL copies table and column names, so the context often says what comes next (prompt lookup decoding).
-    Cost: constant time per appended token and per lookup.
+    Attributes:
+        nodes: nodes of a draft at most, the root included; 1 is plain decoding.
+        heads, width: how many heads it reads, and how many choices of each.
+        copies: whether it looks at the context.
     """
 
-    def __init__(self, longest: int = LONGEST_SUFFIX) -> None:
-        self._longest = longest
-        self._tokens: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}
+    nodes: int
+    heads: int
+    width: int
+    copies: bool
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Appends decided tokens to the context."""
-        for token in tokens:
-            end = len(self._tokens)
-            for size in range(1, min(self._longest, end) + 1):
-                self._after[tuple(self._tokens[end - size : end])] = end
-            self._tokens.append(token)
+    def draft(self, root: int, choices: HeadChoices | None, context: NgramIndex | None) -> Draft:
+        """The draft behind `root`, the token decided last (already the context's last token)."""
+        ...
 
-    def propose(self, length: int) -> list[int]:
-        """Up to `length` tokens that followed the longest matching suffix; [] when even the last token is new."""
-        end = len(self._tokens)
-        for size in range(min(self._longest, end), 0, -1):
-            start = self._after.get(tuple(self._tokens[end - size : end]))
-            if start is not None:
-                return self._tokens[start : start + length]
-        return []
+
+class StaticDrafter:
+    """The same tree in every step: ranks of the heads, and a chain copied from the context while there is one."""
+
+    def __init__(self, tree: DraftTree) -> None:
+        self.tree = tree
+        self.nodes, self.heads, self.width, self.copies = tree.nodes, tree.heads, tree.width, tree.ngram > 0
+        self._places = [(len(path) - 1, path[-1]) for path in tree.paths]
+        self._shape = Draft([0])
+        for parent in tree.parents[1:]:
+            self._shape.add(0, parent)
+        self._without = 1 + len(tree.paths)
+
+    def draft(self, root: int, choices: HeadChoices | None, context: NgramIndex | None) -> Draft:
+        """The heads' tokens by rank, then what the context offers, as far as it goes."""
+        tokens = [root]
+        if choices is not None:
+            table = choices.tokens
+            tokens += [table[head][rank] for head, rank in self._places]
+        copied = [] if context is None else context.propose(self.tree.ngram)
+        tokens += copied
+        shape, nodes = self._shape, len(tokens)
+        if nodes == shape.nodes:
+            return Draft(tokens, shape.parents, shape.depths, shape.bits)
+        return Draft(tokens, shape.parents[:nodes], shape.depths[:nodes], shape.bits[:nodes])

@@ -1,212 +1,185 @@
-"""The engine: greedy decoding of one request at a time, plain or with a draft tree, through one and the same loop."""
+"""The engine: weights, drafters by batch size, and the loops that answer one request or many."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from gorgon.config import Dtype
-from gorgon.core.heads import MedusaHeads
+from gorgon.core.heads import MedusaHeads, PackedHeads
+from gorgon.core.sampling import GREEDY, Sampling
 from gorgon.core.tree import DraftTree
-from gorgon.decode.drafts import HeadDrafts, NgramDrafts
-from gorgon.decode.step import StepResult, TreeLayout, prefill, verify
-from gorgon.decode.text import TextStream, cut_at_stop
-from gorgon.errors import GorgonError, LimitError, ModelError
-from gorgon.models.backbone import Backbone, load_backbone
-from gorgon.models.cache import TreeCache
-from gorgon.models.directory import base_model, load_heads, read_draft_vocabulary, read_tree
-from gorgon.models.linear import lay_out_linear_weights
+from gorgon.decode.drafts import Drafter, StaticDrafter
+from gorgon.decode.request import Generation, Request
+from gorgon.decode.slots import Slots
+from gorgon.decode.step import Stepper
+from gorgon.decode.text import cut_at_stop
+from gorgon.errors import ModelError
+from gorgon.models.backbone import Backbone
 
-Finish = Literal["end", "length", "stop"]
-
-
-@dataclass
-class Generation:
-    """An answer and how it came about.
-
-    Attributes:
-        token_ids: the answer, its end token included if it was reached.
-        text: the answer without end token and stop string.
-        finish: 'end' (end token), 'stop' (stop string) or 'length' (token limit or end of the context).
-        step_tokens: tokens emitted by each step. The prefill, which decides the first token, is not a step.
-        step_nodes: each step's deepest accepted node, 0 when no draft was right.
-        first_token_s, seconds: wall time to the first token and to the last, in seconds.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish: Finish = "length"
-    step_tokens: list[int] = field(default_factory=list)
-    step_nodes: list[int] = field(default_factory=list)
-    first_token_s: float = 0.0
-    seconds: float = 0.0
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Tokens emitted per step, the backbone's own included: 1.0 is plain decoding."""
-        return sum(self.step_tokens) / len(self.step_tokens) if self.step_tokens else 1.0
+PLAIN = StaticDrafter(DraftTree())
+"""The tree that is the root alone: plain decoding."""
+ROUNDING = 256
+"""Cache sizes are multiples of this, so that requests of like length share buffers."""
+MOST_TOGETHER = 8
+"""Prompts that `generate` decodes together unless told otherwise."""
 
 
 class Engine:
-    """A backbone, its heads and a tree, ready to answer.
+    """A backbone, its heads, and what to draft at which batch size.
 
-    Invariant: the tokens do not depend on the tree (DESIGN.md, invariant 1); the one-node tree is plain decoding.
+    Invariant: the tokens do not depend on the drafts (DESIGN.md, invariant 1); the one-node tree is plain decoding.
     """
 
     def __init__(
-        self, backbone: Backbone, heads: MedusaHeads | None, tree: DraftTree, vocabulary_U: Tensor | None = None
+        self,
+        backbone: Backbone,
+        heads: MedusaHeads | None,
+        drafters: Drafter | Mapping[int, Drafter],
+        vocabulary_U: Tensor | None = None,
     ) -> None:
-        """Args: vocabulary_U: int64, the tokens that the heads may draft; None is all of them.
+        """Args:
+        drafters: by number of sequences decoded together, up to which each is meant; a single one serves all.
+        vocabulary_U: int64, the tokens that the heads may draft; None is all of them.
 
-        Raises: ModelError when the tree needs more heads, or ranks, than there are.
+        Raises: ModelError when a drafter needs more heads, or choices, than there are.
         """
+        self.drafters = dict(drafters) if isinstance(drafters, Mapping) else {1: drafters}
+        self.backbone, self.heads, self.vocabulary_U = backbone, heads, vocabulary_U
         available = 0 if heads is None else len(heads)
-        if tree.heads > available:
-            raise ModelError("the tree is deeper than there are heads", field="tree", value=tree.heads,
-                             allowed=f"at most {available}")  # fmt: skip
         size = backbone.vocab_size if vocabulary_U is None else len(vocabulary_U)
-        if tree.width > size:
-            raise ModelError("a rank of the tree exceeds the vocabulary", field="tree", value=tree.width - 1,
-                             allowed=f"0 to {size - 1}")  # fmt: skip
-        self.backbone, self.heads, self.tree, self.vocabulary_U = backbone, heads, tree, vocabulary_U
-        self._drafts = HeadDrafts(heads, tree, vocabulary_U) if heads is not None and tree.paths else None
-        self._cache: TreeCache | None = None
-        self._layouts: tuple[TreeLayout, ...] = ()
+        for drafter in self.drafters.values():
+            if drafter.heads > available:
+                raise ModelError("the tree is deeper than there are heads", field="tree", value=drafter.heads,
+                                 allowed=f"at most {available}")  # fmt: skip
+            if drafter.width > size:
+                raise ModelError("a rank of the tree exceeds the vocabulary", field="tree", value=drafter.width - 1,
+                                 allowed=f"0 to {size - 1}")  # fmt: skip
+        self._steppers: dict[tuple[int, int], Stepper] = {}
+        self._single: Slots | None = None
+
+    def with_drafter(self, drafters: Drafter | Mapping[int, Drafter]) -> Engine:
+        """An engine on the same weights that drafts otherwise."""
+        return Engine(self.backbone, self.heads, drafters, self.vocabulary_U)
 
     def with_tree(self, tree: DraftTree) -> Engine:
-        """An engine with another tree on the same weights."""
-        return Engine(self.backbone, self.heads, tree, self.vocabulary_U)
+        """An engine on the same weights with a static tree."""
+        return self.with_drafter(StaticDrafter(tree))
 
     def plain(self) -> Engine:
         """Plain decoding on the same weights: the tree is the root alone."""
-        return self.with_tree(DraftTree())
+        return self.with_drafter(PLAIN)
 
-    def generate(self, prompt_ids: list[int], *, max_new_tokens: int, stop: Sequence[str] = ()) -> Generation:
-        """The greedy answer to a prompt.
+    @cached_property
+    def copies(self) -> bool:
+        """Whether any drafter looks at the context."""
+        return any(d.copies for d in self.drafters.values())
 
-        Raises: what `stream` raises.
+    @cached_property
+    def most_nodes(self) -> int:
+        """Nodes of the largest draft."""
+        return max(d.nodes for d in self.drafters.values())
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether drafts are filled up to the drafter's size: on a GPU, where steps are captured by shape."""
+        return self.backbone.device.type == "cuda"
+
+    def drafter(self, batch: int) -> Drafter:
+        """What to draft when this many sequences are decoded together: the entry of the next larger batch, or the last."""
+        sizes = sorted(self.drafters)
+        return self.drafters[next((s for s in sizes if s >= batch), sizes[-1])]
+
+    def stepper(self, batch: int) -> Stepper:
+        """The step functions for that drafter; they read only the heads that it needs."""
+        drafter = self.drafter(batch)
+        key = (drafter.heads, drafter.width)
+        if key not in self._steppers:
+            heads = None
+            if self.heads is not None and drafter.heads:
+                heads = PackedHeads(self.heads, drafter.heads, self.vocabulary_U)
+            self._steppers[key] = Stepper(self.backbone, heads, drafter.width, self.vocabulary_U)
+        return self._steppers[key]
+
+    def visible(self, needed: int, capacity: int) -> int:
+        """Cache rows that a step reads: what it needs, in large units where steps are captured by shape."""
+        return min(-(-needed // ROUNDING) * ROUNDING, capacity) if self.fixed_shapes else needed
+
+    def slots(self, count: int, context: int) -> Slots:
+        """Room for `count` requests of at most `context` tokens, to be stepped by the caller (a server's scheduler)."""
+        return Slots(self, count, context)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+        together: int = MOST_TOGETHER,
+    ) -> list[Generation]:
+        """The answers to the prompts, in their order. As one answer ends the next prompt takes its place.
+
+        Args: together: how many are decoded in one step; `stream` is the loop for a single prompt.
+        Raises: what `Slots.admit` raises, before any prompt is read; ModelError for logits that are not finite.
         """
-        generation = Generation()
-        for generation in self.stream(prompt_ids, max_new_tokens=max_new_tokens, stop=stop):  # noqa: B007
-            pass
-        generation.text = self._text(generation, stop)
-        return generation
+        requests = [Request(p, max_new_tokens, stop, sampling) for p in prompts]
+        if not requests:
+            return []
+        context = max(len(r.prompt_ids) + self._checked(r) for r in requests)
+        slots = self._take_single(context) if together == 1 else self.slots(min(together, len(requests)), context)
+        waiting = list(enumerate(requests))[::-1]
+        all_of_them = {}
+        while waiting or slots.running:
+            while waiting and slots.free:
+                index, request = waiting.pop()
+                all_of_them[index] = slots.admit(request, stream=index)
+                slots.read_prompt()
+            slots.step()
+        for running in all_of_them.values():
+            if running.error is not None:
+                raise running.error
+        self._single = slots if together == 1 else self._single
+        return [all_of_them[i].generation for i in range(len(requests))]
 
-    def _text(self, generation: Generation, stop: Sequence[str]) -> str:
+    def stream(self, request: Request) -> Iterator[Generation]:
+        """Yields the growing generation after the prefill and after every step.
+
+        Raises: what `Slots.admit` raises; ModelError for logits that are not finite.
+        """
+        slots = self._take_single(len(request.prompt_ids) + self._checked(request))
+        running = slots.admit(request)
+        try:
+            slots.read_prompt()
+            while running.error is None:
+                yield running.generation
+                if running.done:
+                    break
+                slots.step()
+            if running.error is not None:
+                raise running.error
+        finally:
+            slots.drop(running)
+            self._single = slots
+
+    def _checked(self, request: Request) -> int:
+        request.sampling.check_vocabulary(self.backbone.vocab_size)
+        return request.limit(self.backbone.max_length, self.backbone.vocab_size)
+
+    def _take_single(self, context: int) -> Slots:
+        """The kept slots for one request if nobody uses them and they are large enough, else new ones."""
+        slots, self._single = self._single, None
+        if slots is None or slots.context < context:
+            most = max(self.backbone.max_length, 1)
+            slots = self.slots(1, min(-(-context // ROUNDING) * ROUNDING, most))
+        return slots
+
+    def text_of(self, generation: Generation, stop: Sequence[str]) -> str:
+        """The answer's text without its end token, cut before a stop string."""
         ids = generation.token_ids[: -1 if generation.finish == "end" else None]
         return cut_at_stop(str(self.backbone.tokenizer.decode(ids, skip_special_tokens=True)), stop)
 
-    def stream(self, prompt_ids: list[int], *, max_new_tokens: int, stop: Sequence[str] = ()) -> Iterator[Generation]:
-        """Yields the growing generation after the prefill and after every step; the last lacks only its `text`.
-
-        Args:
-            prompt_ids: at least one token, fewer than the context holds.
-            max_new_tokens: at least 1. An answer also ends where the context ends.
-            stop: strings that end the answer; the tokens up to the one that completes the string are kept.
-        Raises: GorgonError for an empty prompt or limit, LimitError for a prompt that fills the context, ModelError
-            for logits that are not finite.
-        """
-        limit = self._limit(prompt_ids, max_new_tokens)
-        watch = TextStream(self.backbone.tokenizer, stop) if stop else None
-        start = time.perf_counter()
-        cache, layouts = self._prepare(len(prompt_ids) + limit)
-        result = prefill(self.backbone, cache, prompt_ids)
-        generation = Generation(first_token_s=time.perf_counter() - start)
-        ngrams = NgramDrafts() if self.tree.ngram else None
-        if ngrams is not None:
-            ngrams.extend(prompt_ids)
-        done = self._take(generation, result.tokens, limit, watch)
-        generation.seconds = generation.first_token_s
-        yield generation
-        while not done:
-            result = self._step(cache, layouts, result, ngrams)
-            before = len(generation.token_ids)
-            done = self._take(generation, result.tokens, limit, watch)
-            generation.step_tokens.append(len(generation.token_ids) - before)
-            generation.step_nodes.append(result.node)
-            generation.seconds = time.perf_counter() - start
-            yield generation
-
-    def _limit(self, prompt_ids: list[int], max_new_tokens: int) -> int:
-        if not prompt_ids:
-            raise GorgonError("the prompt is empty", field="prompt", hint="give at least one token")
-        if max_new_tokens < 1:
-            raise GorgonError("the token limit is too small", field="max_new_tokens", value=max_new_tokens,
-                              allowed="at least 1")  # fmt: skip
-        room = self.backbone.max_length - len(prompt_ids)
-        if room < 1:
-            raise LimitError(
-                "the prompt does not fit the model's context", field="prompt",
-                value=f"{len(prompt_ids)} tokens", allowed=f"at most {self.backbone.max_length - 1}",
-                hint="shorten the prompt, or use a model with a longer context",
-            )  # fmt: skip
-        return min(max_new_tokens, room)
-
-    def _prepare(self, context: int) -> tuple[TreeCache, tuple[TreeLayout, ...]]:
-        """Cache and layouts for a context of this many tokens; both are kept and only ever grow."""
-        needed = context + self.tree.nodes
-        if self._cache is None or self._cache.capacity < needed:
-            capacity = -(-needed // 256) * 256
-            self._cache = TreeCache(int(self.backbone.text_config.num_hidden_layers), capacity)
-            self._layouts = tuple(
-                TreeLayout(tree, self.backbone, capacity) for tree in (self.tree, self.tree.without_ngram())
-            )
-        self._cache.reset()
-        return self._cache, self._layouts
-
-    def _step(
-        self, cache: TreeCache, layouts: tuple[TreeLayout, ...], last: StepResult, ngrams: NgramDrafts | None
-    ) -> StepResult:
-        copied: list[int] = []
-        if ngrams is not None:
-            ngrams.extend(last.tokens)
-            copied = ngrams.propose(self.tree.ngram)
-        layout = layouts[0] if copied else layouts[1]
-        if copied:  # a continuation cut short by the end of the context is padded; token 0 is as wrong as any
-            copied += [0] * (self.tree.ngram - len(copied))
-        choices = None if self._drafts is None else self._drafts(last.hidden_1H)
-        return verify(
-            self.backbone, cache, layout, last.tokens[-1], choices, copied, self.backbone.max_length - 1
-        )  # fmt: skip
-
-    def _take(self, generation: Generation, tokens: list[int], limit: int, watch: TextStream | None) -> bool:
-        """Appends tokens up to an end token, a stop string or the limit; True when the answer is complete."""
-        for token in tokens:
-            generation.token_ids.append(token)
-            if token in self.backbone.end_ids:
-                generation.finish = "end"
-                return True
-            if watch is not None and watch.push(token):
-                generation.finish = "stop"
-                return True
-            if len(generation.token_ids) == limit:
-                generation.finish = "length"
-                return True
-        return False
-
-
-def load_engine(
-    model: str | Path, *, dtype: Dtype = "auto", tree: DraftTree | None = None, traced: bool = False
-) -> Engine:
-    """Loads a model directory: backbone, heads, and its tuned tree unless another is given.
-
-    Args: traced: spend seconds at the first steps to make later ones faster (`Backbone.trace_steps`).
-    Raises: ModelError for an incomplete directory, tensors that do not fit, or no tuned tree.
-    """
-    backbone = load_backbone(base_model(model), dtype=dtype)
-    heads = load_heads(model, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
-    heads = heads.to(device=backbone.device, dtype=backbone.dtype)
-    lay_out_linear_weights(backbone.model)
-    if traced:
-        backbone.trace_steps()
-    if tree is not None:
-        return Engine(backbone, heads, tree)
-    vocabulary = read_draft_vocabulary(model)
-    vocabulary_U = None if vocabulary is None else torch.tensor(vocabulary, device=backbone.device)
-    return Engine(backbone, heads, read_tree(model), vocabulary_U)
+    def answer(self, prompt_ids: Sequence[int], *, max_new_tokens: int, stop: Sequence[str] = ()) -> Generation:
+        """The greedy answer to one prompt."""
+        return self.generate([prompt_ids], max_new_tokens=max_new_tokens, stop=stop, together=1)[0]

@@ -1,119 +1,183 @@
-"""One step: propose drafts, verify the whole tree in one forward, accept, commit.
+"""One step: verify a draft tree per sequence in one forward, accept, commit, and let the heads read the accepted state.
 
-Source: Medusa, arXiv:2401.10774, section 2.1.2 (tree attention). The same code does plain decoding: its tree has the
-root alone. Shapes: N nodes, M cache capacity, H hidden size, V vocabulary.
+Source: Medusa, arXiv:2401.10774, section 2.1.2 (tree attention). The same code does plain decoding: its tree is the root
+alone. A step is two pure functions of tensors, `forward` and `settle`, between which sampling may choose the tokens. Both
+can be compiled; what a step decided comes back in one transfer, the step's only wait for the device.
+Shapes: B sequences, N nodes, P nodes of the longest path, K heads, R choices per head, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gorgon.core.accept import accept_greedy
-from gorgon.core.tree import DraftTree
-from gorgon.errors import ModelError
+from gorgon.core.accept import accept, ancestors
+from gorgon.core.draft import Draft
+from gorgon.core.heads import PackedHeads
 from gorgon.models.backbone import Backbone
 from gorgon.models.cache import TreeCache
 
 
-class TreeLayout:
-    """A tree's constant tensors on the backbone's device: attention mask, depths, where its tokens come from."""
+@dataclass(frozen=True)
+class HeadChoices:
+    """What the heads say at one accepted state: for each head its likeliest tokens, best first.
 
-    def __init__(self, tree: DraftTree, backbone: Backbone, capacity: int) -> None:
-        self.tree = tree
-        self.depths_N = torch.tensor(tree.depths, device=backbone.device)
-        self.choices = tree.choices.to(backbone.device)
-        # Columns: M rows of context, all visible, then the N nodes. A context of t rows uses the last t + N columns,
-        # so every step's mask is a view and none is built while decoding.
-        blocked = torch.finfo(backbone.dtype).min
-        self._mask_11NM = torch.zeros(1, 1, tree.nodes, capacity + tree.nodes, dtype=backbone.dtype)
-        self._mask_11NM[0, 0, :, capacity:].masked_fill_(~tree.ancestors_NN, blocked)
-        self._mask_11NM = self._mask_11NM.to(backbone.device)
-        self._capacity = capacity
+    Attributes: tokens, logprobs: [K][R]; the log-probabilities are over the draft vocabulary.
+    """
 
-    def mask(self, length: int) -> Tensor:
-        """Additive mask [1, 1, N, length + N]: the committed context, and each node's own path."""
-        return self._mask_11NM[..., self._capacity - length :]
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What a step decided.
+class Decided:
+    """What a step decided for one sequence.
 
     Attributes:
         tokens: newly decided tokens, at least one; the last is the next step's root.
         node: index of the deepest accepted node, 0 when no draft was right.
-        hidden_1H: the hidden state that the heads read next.
+        heads: what the heads say next; None without heads.
+        finite: whether the logits that decided were numbers; if not, the tokens mean nothing.
     """
 
     tokens: list[int]
     node: int
-    hidden_1H: Tensor
+    heads: HeadChoices | None
+    finite: bool = True
 
 
-@torch.inference_mode()
-def prefill(backbone: Backbone, cache: TreeCache, prompt_ids: list[int]) -> StepResult:
-    """Runs the prompt through the backbone, fills the cache, and decides the first token.
+@dataclass(frozen=True)
+class DraftBatch:
+    """The drafts of B sequences as tensors on the device, filled up to the largest."""
 
-    Raises: ModelError when the backbone's logits are not finite.
-    """
-    ids_1T = torch.tensor([prompt_ids], device=backbone.device)
-    positions_1T = torch.arange(len(prompt_ids), device=backbone.device)[None]
-    hidden_1TH = backbone.decoder(
-        input_ids=ids_1T, position_ids=positions_1T, past_key_values=cache, use_cache=True
-    )[0]  # fmt: skip
-    cache.commit(range(len(prompt_ids)))
-    hidden_1H = hidden_1TH[0, -1:]
-    logits_1V = backbone.lm_head(hidden_1H)
-    if not bool(torch.isfinite(logits_1V).all()):
-        raise ModelError(
-            "the backbone's logits are not finite", field="dtype", value=str(backbone.dtype),
-            hint="try another --set dtype=..., and check that the checkpoint is complete",
-        )  # fmt: skip
-    return StepResult([int(logits_1V.argmax())], 0, hidden_1H)
+    flat_4BN: Tensor
+    longest: int
+
+    @property
+    def nodes(self) -> int:
+        """N."""
+        return int(self.flat_4BN.shape[2])
+
+    @staticmethod
+    def of(drafts: Sequence[Draft], device: torch.device, nodes: int | None = None) -> DraftBatch:
+        """Args: nodes: fill up to this many, where the shape must not change from step to step."""
+        size = max(d.nodes for d in drafts) if nodes is None else nodes
+        if len(drafts) == 1:
+            flat_4BN = torch.tensor(drafts[0].flat(size)).view(4, 1, size)
+        else:
+            flat_4BN = torch.tensor([d.flat(size) for d in drafts]).view(len(drafts), 4, size).transpose(0, 1)
+        longest = max(max(d.depths) for d in drafts) + 1
+        return DraftBatch(flat_4BN.to(device, non_blocking=True), longest)
 
 
-@torch.inference_mode()
-def verify(
-    backbone: Backbone,
-    cache: TreeCache,
-    layout: TreeLayout,
-    root: int,
-    choices: Tensor | None,
-    copied: list[int],
-    last_position: int,
-) -> StepResult:
-    """Verifies one tree and commits its accepted rows.
+class Stepper:
+    """The functions of a step on one backbone, run as `Backbone.run_steps` says.
 
     Args:
-        root: the token decided last, not yet in the cache.
-        choices: the heads' choices as `HeadDrafts` gives them; None when the tree has no head nodes.
-        copied: tokens of the n-gram branch, as many as the tree has.
-        last_position: largest position the model knows; deeper nodes are moved there, and the caller's length limit
-            makes sure that none of them becomes output.
+        heads: the heads that the drafts read, None when there are none to read.
+        width: R, how many choices of each head are returned.
+        vocabulary_U: int64, the draft vocabulary's tokens; None when the heads draft any.
     """
-    parts = [torch.tensor([root], device=backbone.device)]
-    if choices is not None:
-        parts.append(choices[layout.choices])
-    if copied:
-        parts.append(torch.tensor(copied, device=backbone.device))
-    tokens_N = torch.cat(parts) if len(parts) > 1 else parts[0]
-    positions_N = layout.depths_N + cache.length
-    if cache.length + len(layout.tree.parents) > last_position:
-        positions_N = positions_N.clamp(max=last_position)
-    hidden_NH = backbone.step_decoder(
-        input_ids=tokens_N[None],
-        attention_mask=layout.mask(cache.length),
-        position_ids=positions_N[None],
-        past_key_values=cache,
-        use_cache=True,
-    )[0][0]
-    greedy_N = backbone.lm_head(hidden_NH).max(dim=-1).indices
-    tokens, greedy = torch.stack((tokens_N, greedy_N)).tolist()  # the step's one wait for the device
-    accepted = accept_greedy(tokens, greedy, layout.tree.parents)
-    cache.commit(accepted.nodes)
-    node = accepted.nodes[-1]
-    decided = [tokens[i] for i in accepted.nodes[1:]] + [accepted.next_token]
-    return StepResult(decided, node, hidden_NH[node : node + 1])
+
+    def __init__(self, backbone: Backbone, heads: PackedHeads | None, width: int, vocabulary_U: Tensor | None) -> None:
+        self.backbone, self._heads, self._width, self._vocabulary_U = backbone, heads, width, vocabulary_U
+        self._forward, self._settle = backbone.step_function(_forward), backbone.step_function(_settle)
+        self._prompt = backbone.step_function(_prompt)
+
+    @property
+    def _count(self) -> int:
+        return 0 if self._heads is None else self._heads.count
+
+    @torch.inference_mode()
+    def forward(self, cache: TreeCache, batch: DraftBatch, lengths_B: Tensor, visible: int) -> Tensor:
+        """Hidden states [B, N, H] of all nodes."""
+        return self._forward(self.backbone, cache, batch.flat_4BN, lengths_B, visible)
+
+    @torch.inference_mode()
+    def settle(
+        self,
+        cache: TreeCache,
+        batch: DraftBatch,
+        lengths_B: Tensor,
+        hidden_BNH: Tensor,
+        choices_BN: Tensor | None = None,
+    ) -> list[Decided]:
+        """Accepts, commits the accepted rows, and reads the heads.
+
+        Args: choices_BN: the backbone's sampled token after each node; None takes the argmax.
+        """
+        packed = self._settle(
+            self.backbone, self._heads, self._width, self._vocabulary_U,
+            cache, batch.flat_4BN, lengths_B, hidden_BNH, choices_BN, batch.longest,
+        )  # fmt: skip
+        return [self._decided(row, batch.longest) for row in packed.tolist()]
+
+    @torch.inference_mode()
+    def prompt(self, cache: TreeCache, tokens: Sequence[int], start: int) -> Tensor:
+        """Runs a part of a prompt, which begins at position `start`; returns its last hidden state [1, 1, H]."""
+        tokens_1T = torch.tensor([list(tokens)], device=self.backbone.device)
+        return self._prompt(self.backbone, cache, tokens_1T, start)[:, -1:]
+
+    def _decided(self, row: list[float], longest: int) -> Decided:
+        node, depth = int(row[0]), int(row[1])
+        path = row[3 : 3 + longest]
+        finite = 0.0 not in row[3 + longest : 4 + longest + depth]
+        tokens = [*map(int, path[1 : depth + 1]), int(row[2])]
+        if self._heads is None:
+            return Decided(tokens, node, None, finite)
+        at, size, width = 3 + 2 * longest, self._count * self._width, self._width
+        found, logprobs = list(map(int, row[at : at + size])), row[at + size : at + 2 * size]
+        starts = range(0, size, width)
+        return Decided(
+            tokens, node,
+            HeadChoices([found[i : i + width] for i in starts], [logprobs[i : i + width] for i in starts]), finite,
+        )  # fmt: skip
+
+
+def _forward(backbone: Backbone, cache: TreeCache, flat_4BN: Tensor, lengths_B: Tensor, visible: int) -> Tensor:
+    tokens_BN, _, depths_BN, bits_BN = flat_4BN.unbind(0)
+    return backbone.forward_tree(cache, tokens_BN, depths_BN, bits_BN, lengths_B, visible)
+
+
+def _prompt(backbone: Backbone, cache: TreeCache, tokens_1T: Tensor, start: int) -> Tensor:
+    return backbone.forward_prompt(cache, tokens_1T, start)
+
+
+def _settle(
+    backbone: Backbone,
+    heads: PackedHeads | None,
+    width: int,
+    vocabulary_U: Tensor | None,
+    cache: TreeCache,
+    flat_4BN: Tensor,
+    lengths_B: Tensor,
+    hidden_BNH: Tensor,
+    choices_BN: Tensor | None,
+    longest: int,
+) -> Tensor:
+    """Everything a step decides, as one float64 table [B, 3 + 2P + 2KR], so that it comes back in one transfer.
+
+    Float64 holds every token id and every float32 log-probability exactly.
+    """
+    tokens_BN, parents_BN, depths_BN, bits_BN = flat_4BN.unbind(0)
+    top_BN = backbone.logits(hidden_BNH).max(dim=-1)  # cheaper than argmax; both take the first of equals
+    chosen_BN = top_BN.indices if choices_BN is None else choices_BN
+    best_B, path_BP = accept(tokens_BN, chosen_BN, parents_BN, depths_BN, ancestors(bits_BN), longest)
+    if longest > 1:
+        cache.keep(lengths_B, path_BP)
+    rows_B = torch.arange(len(best_B), device=best_B.device)
+    parts = [
+        torch.stack((best_B, depths_BN[rows_B, best_B], chosen_BN[rows_B, best_B]), dim=1),
+        tokens_BN.gather(1, path_BP),
+        torch.isfinite(top_BN.values.gather(1, path_BP)),
+    ]
+    if heads is not None:
+        logits_KBU = heads(hidden_BNH[rows_B, best_B])
+        top_KBR = logits_KBU.topk(width, dim=-1)
+        found_KBR = top_KBR.indices if vocabulary_U is None else vocabulary_U[top_KBR.indices]
+        logprobs_KBR = top_KBR.values.float() - logits_KBU.float().logsumexp(-1, keepdim=True)
+        parts += [found_KBR.transpose(0, 1).flatten(1), logprobs_KBR.transpose(0, 1).flatten(1)]
+    return torch.cat([part.double() for part in parts], dim=1)

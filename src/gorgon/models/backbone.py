@@ -6,8 +6,8 @@ Shapes: B batch, T positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gorgon.config import EMBEDDED, Dtype
+from gorgon.config import EMBEDDED, Dtype, StepMode
+from gorgon.core.accept import ancestors
 from gorgon.errors import ModelError
+from gorgon.models.cache import TreeCache
+from gorgon.models.compiler import TensorFunction, pick_mode, step_function
+from gorgon.models.masks import additive, prompt_visibility, tree_visibility
 
 EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -88,6 +92,8 @@ class Backbone:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
+    steps: StepMode = "eager"
+    _functions: dict[TensorFunction, TensorFunction] = field(default_factory=dict)
 
     @property
     def hidden_size(self) -> int:
@@ -118,13 +124,8 @@ class Backbone:
 
     @property
     def max_length(self) -> int:
-        """Longest context in tokens: position embeddings, and a sliding window if every layer has one."""
-        limits = [int(getattr(self.text_config, "max_position_embeddings", 1 << 20))]
-        window = getattr(self.text_config, "sliding_window", None)
-        types = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
-        if window and (types != {"full_attention"} or getattr(self.text_config, "model_type", "") == "mistral"):
-            limits.append(int(window))  # inside the window, sliding and full attention are the same
-        return min(limits)
+        """Longest context in tokens: as far as the position embeddings reach."""
+        return int(getattr(self.text_config, "max_position_embeddings", 1 << 20))
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -140,19 +141,91 @@ class Backbone:
         return sum(p.numel() for p in self.model.parameters())
 
     @cached_property
-    def step_decoder(self) -> Callable[..., Any]:
-        """What a decoding step calls: the decoder itself, or what `trace_steps` made of it."""
-        return self.decoder
+    def _windows(self) -> dict[str, int | None]:
+        """Attention window by layer type, None being all of the context; one entry when all layers are alike."""
+        window = getattr(self.text_config, "sliding_window", None)
+        if not getattr(self.text_config, "use_sliding_window", True):  # Qwen: a number is given but not used
+            window = None
+        types = getattr(self.text_config, "layer_types", None)
+        if types is None:  # without layer types a window holds for every layer, as in Mistral
+            return {"every": window}
+        return {t: window if t == "sliding_attention" else None for t in types}
 
-    def trace_steps(self) -> None:
-        """From now on steps run a recorded list of the decoder's operations, without walking its modules in Python.
+    def _mask(self, visible_BNS: Tensor, queries_BN: Tensor, keys_BS: Tensor) -> Any:
+        """The `attention_mask` argument: one mask, or one by layer type where some layers have a sliding window."""
 
-        On a small model the walk is a tenth of a step (docs/lab-notes.md, "Traced steps"). The operations and their
-        order stay the same, so the tokens do; nothing is generated or built, so no compiler is needed. Recording takes
-        about two seconds at the first step of one node and at the first of several, so this is for long-lived engines.
+        def of(window: int | None) -> Tensor:
+            near_BNS = visible_BNS
+            if window is not None:
+                near_BNS = visible_BNS & (keys_BS[:, None, :] > queries_BN[:, :, None] - window)
+            return additive(near_BNS, self.dtype)
+
+        windows = set(self._windows.values())
+        if len(windows) == 1:
+            return of(windows.pop())
+        return {kind: of(window) for kind, window in self._windows.items()}
+
+    def forward_tree(
+        self, cache: TreeCache, tokens_BN: Tensor, depths_BN: Tensor, bits_BN: Tensor, lengths_B: Tensor, visible: int
+    ) -> Tensor:
+        """Hidden states [B, N, H] of every node of B draft trees, each behind its own context; rows go to the cache.
+
+        Args:
+            tokens_BN: int64; negative for a node that only fills up the shape.
+            depths_BN: distance from the root. Nodes beyond the last position the model knows are moved there; the
+                caller's length limit makes sure that none of them becomes output.
+            bits_BN: ancestors as `core.accept.ancestors` reads them.
+            lengths_B: committed rows of each sequence.
+            visible: S, cache rows to read: at least the longest length plus N.
         """
-        if self.device.type == "cpu":  # not yet measured on a GPU
-            self.step_decoder = torch.compile(self.decoder, backend="eager", dynamic=True)
+        positions_BN = (lengths_B[:, None] + depths_BN).clamp(max=self.max_length - 1)
+        seen_BNS, keys_BS = tree_visibility(ancestors(bits_BN), positions_BN, lengths_B, visible)
+        slots_BN = lengths_B[:, None] + torch.arange(tokens_BN.shape[1], device=tokens_BN.device)
+        cache.place(slots_BN, visible)
+        return self._run(cache, tokens_BN.clamp(min=0), positions_BN, self._mask(seen_BNS, positions_BN, keys_BS))
+
+    def forward_prompt(self, cache: TreeCache, tokens_1T: Tensor, start: int) -> Tensor:
+        """Hidden states [1, T, H] of a part of a prompt that begins at position `start`; rows go to the cache."""
+        end = start + tokens_1T.shape[1]
+        positions_1T = torch.arange(start, end, device=tokens_1T.device)[None]
+        cache.place(positions_1T, end)
+        seen_1TS, keys_1S = prompt_visibility(positions_1T, end)
+        return self._run(cache, tokens_1T, positions_1T, self._mask(seen_1TS, positions_1T, keys_1S))
+
+    def _run(self, cache: TreeCache, tokens_BN: Tensor, positions_BN: Tensor, mask: Any) -> Tensor:
+        output = self.decoder(
+            input_ids=tokens_BN, attention_mask=mask, position_ids=positions_BN, past_key_values=cache, use_cache=True
+        )
+        hidden_BNH: Tensor = output[0]
+        return hidden_BNH
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Next-token logits [..., V] as the model class itself makes them from `hidden`, scaling and capping included.
+
+        Checked against the model's own forward when it is loaded (`_refuse_other_logits`).
+        """
+        config, logits_NV = self.text_config, self.lm_head(hidden_NH)
+        if scaling := getattr(config, "logits_scaling", None):  # Granite
+            logits_NV = logits_NV / scaling
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits_NV = logits_NV * scale
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            logits_NV = torch.tanh(logits_NV / cap) * cap
+        result: Tensor = logits_NV
+        return result
+
+    def run_steps(self, mode: StepMode) -> None:
+        """From now on step functions run in this mode; their tokens stay the same.
+
+        Raises: MissingDependencyError when compiling is asked for and no compiler is there.
+        """
+        self.steps, self._functions = pick_mode(mode), {}
+
+    def step_function(self, function: TensorFunction) -> TensorFunction:
+        """A function of a step as `run_steps` has it run; made once, so that engines on this backbone share it."""
+        if function not in self._functions:
+            self._functions[function] = step_function(function, self.steps)
+        return self._functions[function]
 
     @torch.inference_mode()
     def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:

@@ -1,12 +1,12 @@
 """The key-value cache: preallocated once, written in place, and after each step only the accepted rows are kept.
 
 It speaks the protocol of transformers' `Cache`, so every model class takes it as `past_key_values`.
-Shapes: 2 (keys, values), L layers, B sequences, G key-value heads, M capacity in tokens, D head size.
+Shapes: L layers, B sequences in a step, C sequences in the buffer, G key-value heads, M capacity in tokens, D head size,
+N new rows of a sequence in a step, P accepted rows, S rows that a step's attention reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,71 +17,92 @@ from gorgon.errors import LimitError, ModelError
 
 
 class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
-    """One buffer [2, L, B, G, M, D]; rows [0, length) are committed, rows behind them belong to the current step.
+    """Per layer two buffers [C, G, M, D]. A step writes its rows where `place` said; `keep` moves the accepted ones.
 
-    Invariant: after `commit` the buffer holds exactly what plain decoding would have written, in the same order.
+    The cache does not know how long its sequences are: the caller passes lengths with every step, so the same buffers
+    serve one request or many, and a step is a pure function of tensors that a compiler or a CUDA graph can hold.
+    Invariant: after `keep` a sequence's rows are exactly what plain decoding would have written, in the same order.
     """
 
-    def __init__(self, layers: int, capacity: int) -> None:
-        """Args: layers: L. capacity: M, the longest context plus the nodes of the largest tree."""
+    def __init__(self, layers: int, sequences: int, capacity: int) -> None:
+        """Args: layers: L. sequences: C. capacity: M, the longest context plus the nodes of the largest tree."""
         super().__init__(layers=[])
-        self.num_layers, self.capacity, self.length = layers, capacity, 0
-        self._buffer: Tensor | None = None
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+        self.num_layers, self.sequences, self.capacity = layers, sequences, capacity
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._rows_B1: Tensor | None = None
+        self._slots_BN: Tensor | None = None
+        self._visible = 0
+
+    def place(self, slots_BN: Tensor, visible: int) -> None:
+        """Says where the next forward writes: row `slots_BN[b, i]` of sequence b, and that it reads rows [0, visible).
+
+        Raises: LimitError when that is more than the cache holds.
+        """
+        if visible > self.capacity:
+            raise LimitError("the cache is full", field="capacity", value=visible, allowed=f"at most {self.capacity}")
+        self._slots_BN, self._visible = slots_BN, visible
+        self._rows_B1 = torch.arange(slots_BN.shape[0], device=slots_BN.device)[:, None]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes new rows behind the committed ones and returns all rows so far, as views (no copy)."""
-        if self._buffer is None:
+        """Writes the step's rows [B, G, N, D] and returns all visible rows, as views [B, G, S, D]; no copy."""
+        if layer_idx == len(self.keys):
             self._allocate(key_states, value_states)
-        end = self.length + key_states.shape[2]
-        if end > self.capacity:
-            raise LimitError("the cache is full", field="capacity", value=end, allowed=f"at most {self.capacity}")
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
-        keys[:, :, self.length : end] = key_states
-        values[:, :, self.length : end] = value_states
-        return keys[:, :, :end], values[:, :, :end]
+        batch = key_states.shape[0]
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[self._rows_B1, :, self._slots_BN] = key_states.transpose(1, 2)
+        values[self._rows_B1, :, self._slots_BN] = value_states.transpose(1, 2)
+        return keys[:batch, :, : self._visible], values[:batch, :, : self._visible]
 
-    def _allocate(self, keys_BGTD: Tensor, values_BGTD: Tensor) -> None:
-        if keys_BGTD.shape != values_BGTD.shape:
-            raise ModelError("keys and values differ in shape; this attention is not supported", field="cache")
-        batch, groups, _, size = keys_BGTD.shape
-        self._buffer = keys_BGTD.new_zeros(2, self.num_layers, batch, groups, self.capacity, size)
-        self._keys, self._values = list(self._buffer[0]), list(self._buffer[1])
+    def _allocate(self, keys_BGND: Tensor, values_BGND: Tensor) -> None:
+        for states, buffers in ((keys_BGND, self.keys), (values_BGND, self.values)):
+            _, groups, _, size = states.shape
+            buffers.append(states.new_zeros(self.sequences, groups, self.capacity, size))
 
-    def commit(self, rows: Sequence[int]) -> None:
-        """Keeps these rows of the current step, in this order, and forgets its others.
+    def keep(self, lengths_B: Tensor, nodes_BP: Tensor) -> None:
+        """Moves the accepted rows of every sequence to the front of the step's rows.
 
-        Args: rows: strictly increasing, counted from the first row of the step.
+        Args:
+            lengths_B: rows that were committed before the step.
+            nodes_BP: int64, strictly increasing along the accepted path, then padding: rows moved by padding land
+                behind the accepted ones, where the next step overwrites them.
         """
-        count = len(rows)
-        if rows[-1] != count - 1:  # else they already lie in place, as a chain of first choices does
-            assert self._buffer is not None
-            index = torch.tensor(rows, device=self._buffer.device) + self.length
-            moved = self._buffer.index_select(4, index)
-            self._buffer[..., self.length : self.length + count, :] = moved
-        self.length += count
+        from_BP = lengths_B[:, None] + nodes_BP
+        to_BP = lengths_B[:, None] + torch.arange(nodes_BP.shape[1], device=nodes_BP.device)
+        rows_B1 = torch.arange(nodes_BP.shape[0], device=nodes_BP.device)[:, None]
+        for buffer in (*self.keys, *self.values):
+            buffer[rows_B1, :, to_BP] = buffer[rows_B1, :, from_BP]
 
-    def reset(self) -> None:
-        """Forgets every row; the memory stays."""
-        self.length = 0
+    def copy_sequence(self, source: TreeCache, origin: int, target: int, length: int) -> None:
+        """Copies the first `length` rows of `source`'s sequence `origin` to this cache's sequence `target`."""
+        if not self.keys:
+            for mine, theirs in ((self.keys, source.keys), (self.values, source.values)):
+                mine.extend(t.new_zeros(self.sequences, t.shape[1], self.capacity, t.shape[3]) for t in theirs)
+        for mine, theirs in ((self.keys, source.keys), (self.values, source.values)):
+            for to, from_ in zip(mine, theirs, strict=True):
+                to[target, :, :length] = from_[origin, :, :length]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the buffers, 0 before the first step."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
     def __len__(self) -> int:
         return self.num_layers
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Committed rows; part of transformers' protocol."""
-        return self.length
+        """Rows before the step; part of transformers' protocol. Positions and masks are always given, so any will do."""
+        return 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Position of the first new row; part of transformers' protocol."""
-        return self.length
+        """Position of the first new row; part of transformers' protocol, unused because positions are given."""
+        return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(rows visible to the step, first row); part of transformers' protocol."""
-        return self.length + query_length, 0
+        return self._visible, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Capacity; part of transformers' protocol."""
@@ -89,10 +110,10 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     @property
     def is_sliding(self) -> list[bool]:
-        """No layer drops rows: contexts never exceed the window (`Backbone.max_length`)."""
+        """No layer drops rows: a sliding window is a matter of the mask (`Backbone.forward_tree`)."""
         return [False] * self.num_layers
 
     @property
     def is_compileable(self) -> bool:
-        """Rows are written at a Python offset, which a captured graph could not follow."""
+        """False: transformers must not compile on its own what we compile as a whole step."""
         return False

@@ -1,0 +1,258 @@
+"""Slots: several requests decoded together, each with its own length, tree and acceptance, joining and leaving at will.
+
+One request is a batch of one, so `Engine.generate` and a server run the same loop. Decoding sequences fill the cache's
+first places without gaps; a prompt is read into a cache of its own, part by part, and joins when it is complete.
+Shapes: B decoding sequences, N nodes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from gorgon.core.accept import accept_sampled, accept_typical
+from gorgon.core.draft import FILLER, Draft
+from gorgon.core.sampling import History, Randomness, choose
+from gorgon.decode.ngrams import NgramIndex
+from gorgon.decode.request import Generation, Request
+from gorgon.decode.step import Decided, DraftBatch, HeadChoices
+from gorgon.decode.text import TextStream
+from gorgon.errors import GorgonError, ModelError
+from gorgon.models.cache import TreeCache
+
+if TYPE_CHECKING:
+    from gorgon.decode.engine import Engine
+
+NOT_CHOSEN = -2
+"""Choice after a node that the sampled walk did not reach: equal to no token and to no filler."""
+
+
+class Running:
+    """A request in progress. `generation` grows with every step; `error` is set when this request alone failed."""
+
+    def __init__(self, request: Request, engine: Engine, limit: int, randomness: Randomness) -> None:
+        self.request, self.generation, self.error = request, Generation(), None
+        self.limit, self.randomness = limit, randomness
+        self.read = 0  # prompt tokens that are in the cache
+        self.length = 0  # committed cache rows; the root's row comes with the next step
+        self.choices: HeadChoices | None = None
+        self.context = NgramIndex(request.prompt_ids) if engine.copies else None
+        self.history = History(request.prompt_ids) if request.sampling.needs_history else None
+        self._engine = engine
+        self._watch = TextStream(engine.backbone.tokenizer, request.stop) if request.stop else None
+        self._start = time.perf_counter()
+
+    error: GorgonError | None
+
+    @property
+    def root(self) -> int:
+        """The token decided last, which has no cache row yet."""
+        return self.generation.token_ids[-1]
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is complete, or failed."""
+        return self.generation.done or self.error is not None
+
+    def take(self, decided: Decided, *, first: bool = False) -> None:
+        """Appends a step's tokens up to an end token, a stop string or the limit."""
+        generation = self.generation
+        before = len(generation.token_ids)
+        for token in decided.tokens:
+            if self._append(token):
+                generation.done = True
+                break
+        new = generation.token_ids[before:]
+        generation.seconds = time.perf_counter() - self._start
+        if first:
+            generation.first_token_s = generation.seconds
+        else:
+            generation.step_tokens.append(len(new))
+            generation.step_nodes.append(decided.node)
+            self.length += len(decided.tokens)
+        self.choices = decided.heads
+        if self.context is not None:
+            self.context.extend(new)
+        if self.history is not None:
+            self.history.extend(new)
+        if generation.done:
+            generation.text = self._engine.text_of(generation, self.request.stop)
+
+    def _append(self, token: int) -> bool:
+        generation = self.generation
+        generation.token_ids.append(token)
+        if token in self._engine.backbone.end_ids and not self.request.ignore_end:
+            generation.finish = "end"
+            return True
+        if self._watch is not None and self._watch.push(token):
+            generation.finish = "stop"
+            return True
+        generation.finish = "length"
+        return len(generation.token_ids) >= self.limit
+
+
+class Slots:
+    """Room for `count` requests of at most `context` tokens each, prompt and answer together.
+
+    Invariant: a request's tokens do not depend on which others run beside it (float32; lower precisions round by shape).
+    """
+
+    def __init__(self, engine: Engine, count: int, context: int) -> None:
+        """Raises: GorgonError for sizes below 1."""
+        if count < 1 or context < 1:
+            raise GorgonError("slots and context must be at least 1", field="slots", value=(count, context))
+        self.engine, self.count, self.context = engine, count, context
+        layers = int(engine.backbone.text_config.num_hidden_layers)
+        capacity = context + engine.most_nodes
+        self._cache = TreeCache(layers, count, capacity)
+        self._entry = self._cache if count == 1 else TreeCache(layers, 1, capacity)
+        self._decoding: list[Running] = []
+        self._entering: Running | None = None
+
+    @property
+    def running(self) -> list[Running]:
+        """Requests that have a slot, the one whose prompt is being read last."""
+        return [*self._decoding, *([self._entering] if self._entering else [])]
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody has."""
+        return self.count - len(self.running)
+
+    @property
+    def entering(self) -> Running | None:
+        """The request whose prompt is being read."""
+        return self._entering
+
+    def admit(self, request: Request, *, stream: int = 0) -> Running:
+        """Gives a request a slot; its prompt is read by `read_prompt`. One prompt is read at a time.
+
+        Args: stream: tells requests apart that share a seed.
+        Raises: what `Request.limit` and `Sampling.check_vocabulary` raise. Nothing is allocated then.
+        """
+        assert self.free and self._entering is None
+        backbone = self.engine.backbone
+        limit = request.limit(min(self.context, backbone.max_length), backbone.vocab_size)
+        request.sampling.check_vocabulary(backbone.vocab_size)
+        self._entering = Running(request, self.engine, limit, Randomness(request.sampling.seed, stream=stream))
+        return self._entering
+
+    def read_prompt(self, most: int | None = None) -> bool:
+        """Reads the next `most` tokens of the entering prompt; at its end the first token is decided and decoding begins.
+
+        Returns: whether the prompt is complete.
+        """
+        running = self._entering
+        assert running is not None
+        prompt = running.request.prompt_ids
+        end = len(prompt) if most is None else min(len(prompt), running.read + most)
+        stepper = self.engine.stepper(len(self._decoding) + 1)
+        hidden_11H = stepper.prompt(self._entry, prompt[running.read : end], running.read)
+        running.read = end
+        if end < len(prompt):
+            return False
+        self._entering = None
+        running.length = len(prompt)
+        root = Draft([0])
+        try:
+            lengths_B = torch.tensor([len(prompt) - 1], device=self.engine.backbone.device)
+            choices = self._choices([running], [root], hidden_11H)
+            decided = stepper.settle(self._entry, DraftBatch.of([root], hidden_11H.device), lengths_B, hidden_11H, choices)
+            self._take(running, decided[0], first=True)
+        except GorgonError as error:
+            running.error = error
+        if not running.done:
+            if self._entry is not self._cache:
+                self._cache.copy_sequence(self._entry, 0, len(self._decoding), running.length)
+            self._decoding.append(running)
+        return True
+
+    def step(self) -> list[Running]:
+        """One step for every decoding request; finished and failed ones leave their slots. Returns those that took part."""
+        batch = list(self._decoding)
+        if not batch:
+            return []
+        engine = self.engine
+        drafter, stepper = engine.drafter(len(batch)), engine.stepper(len(batch))
+        drafts = [drafter.draft(r.root, r.choices, r.context) for r in batch]
+        device = engine.backbone.device
+        tensors = DraftBatch.of(drafts, device, drafter.nodes if engine.fixed_shapes else None)
+        lengths = [r.length for r in batch]
+        lengths_B = torch.tensor(lengths, device=device)
+        visible = engine.visible(max(lengths) + tensors.nodes, self._cache.capacity)
+        hidden_BNH = stepper.forward(self._cache, tensors, lengths_B, visible)
+        choices = self._choices(batch, drafts, hidden_BNH)
+        for running, decided in zip(
+            batch, stepper.settle(self._cache, tensors, lengths_B, hidden_BNH, choices), strict=True
+        ):
+            if running.error is None:
+                self._take(running, decided)
+        for running in batch:
+            if running.done:
+                self.drop(running)
+        return batch
+
+    def _take(self, running: Running, decided: Decided, *, first: bool = False) -> None:
+        if decided.finite:
+            running.take(decided, first=first)
+            return
+        dtype = str(self.engine.backbone.dtype)
+        running.error = ModelError(
+            "the backbone's logits are not finite", field="dtype", value=dtype,
+            hint="try another --set dtype=..., and check that the checkpoint is complete",
+        )  # fmt: skip
+
+    def _choices(
+        self, batch: Sequence[Running], drafts: Sequence[Draft], hidden_BNH: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The token after each node where some request does not take the raw argmax; None where all do.
+
+        An error, such as a distribution with nothing left in it, belongs to its own request.
+        """
+        if all(r.request.sampling.plain_greedy for r in batch):
+            return None
+        with torch.inference_mode():
+            logits_BNV = self.engine.backbone.logits(hidden_BNH)
+            chosen = logits_BNV.argmax(-1).tolist()
+            for b, (running, draft) in enumerate(zip(batch, drafts, strict=True)):
+                if running.request.sampling.plain_greedy:
+                    continue
+                try:
+                    chosen[b] = self._walk(running, draft, logits_BNV[b], len(chosen[b]))
+                except GorgonError as error:
+                    running.error = error
+        return torch.tensor(chosen, device=hidden_BNH.device)
+
+    @staticmethod
+    def _walk(running: Running, draft: Draft, logits_NV: torch.Tensor, nodes: int) -> list[int]:
+        """The sampled token after each node on the path that sampling takes, `NOT_CHOSEN` elsewhere."""
+        sampling, position = running.request.sampling, len(running.generation.token_ids)
+        chosen = [NOT_CHOSEN] * nodes
+        if draft.nodes == 1:
+            chosen[0] = choose(logits_NV[0], sampling, running.randomness, position, running.history)
+            return chosen
+        accept = accept_typical if sampling.acceptance == "typical" else accept_sampled
+        parents = [-1, *draft.parents[1:]]
+        walked = accept(draft.tokens, parents, logits_NV, sampling, running.randomness, position, running.history)
+        for node, child in zip(walked.nodes, walked.nodes[1:], strict=False):
+            chosen[node] = draft.tokens[child]
+        chosen[walked.nodes[-1]] = walked.next_token
+        return chosen
+
+    def drop(self, running: Running) -> None:
+        """Frees a request's slot, whatever its state; the last sequence moves into the gap."""
+        if running is self._entering:
+            self._entering = None
+        if running not in self._decoding:
+            return
+        place, last = self._decoding.index(running), len(self._decoding) - 1
+        moved = self._decoding.pop()
+        if place != last:
+            self._cache.copy_sequence(self._cache, last, place, moved.length)
+            self._decoding[place] = moved
+
+
+assert FILLER != NOT_CHOSEN
