@@ -47,13 +47,21 @@ class StaticDrafter:
 
     def draft(self, root: int, choices: HeadChoices | None, context: NgramIndex | None) -> Draft:
         """The heads' tokens by rank, then what the context offers, as far as it goes."""
+        copied = [] if context is None else context.propose(self.tree.ngram)
+        if self._places and not self._can_read(choices):  # the last step was drafted otherwise, for another batch size
+            draft = Draft([root])
+            for token in copied:
+                draft.add(token, draft.nodes - 1)
+            return draft
         tokens = [root]
         if choices is not None:
             table = choices.tokens
             tokens += [table[head][rank] for head, rank in self._places]
-        copied = [] if context is None else context.propose(self.tree.ngram)
         tokens += copied
         shape, nodes = self._shape, len(tokens)
         if nodes == shape.nodes:
             return Draft(tokens, shape.parents, shape.depths, shape.bits)
         return Draft(tokens, shape.parents[:nodes], shape.depths[:nodes], shape.bits[:nodes])
+
+    def _can_read(self, choices: HeadChoices | None) -> bool:
+        return choices is not None and len(choices.tokens) >= self.heads and len(choices.tokens[0]) >= self.width

@@ -106,9 +106,9 @@ class Engine:
         """Cache rows that a step reads: what it needs, in large units where steps are captured by shape."""
         return min(-(-needed // ROUNDING) * ROUNDING, capacity) if self.fixed_shapes else needed
 
-    def slots(self, count: int, context: int) -> Slots:
+    def slots(self, count: int, context: int, *, reuse: bool = False) -> Slots:
         """Room for `count` requests of at most `context` tokens, to be stepped by the caller (a server's scheduler)."""
-        return Slots(self, count, context)
+        return Slots(self, count, context, reuse=reuse)
 
     def generate(
         self,

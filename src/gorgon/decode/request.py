@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gorgon.core.sampling import GREEDY, Sampling
+from gorgon.decode.step import Logprob
 from gorgon.errors import GorgonError, LimitError
 
 Finish = Literal["end", "length", "stop"]
@@ -22,6 +23,7 @@ class Request:
         stop: strings that end the answer; the tokens up to the one that completes the string are kept.
         sampling: greedy unless given.
         ignore_end: go on after an end token, for measurements.
+        logprobs: how many likeliest tokens to report beside every output token's log-probability; None reports nothing.
     """
 
     prompt_ids: Sequence[int]
@@ -29,6 +31,7 @@ class Request:
     stop: Sequence[str] = ()
     sampling: Sampling = GREEDY
     ignore_end: bool = False
+    logprobs: int | None = None
 
     def limit(self, context: int, vocab_size: int) -> int:
         """Tokens that the answer may have in a context of this length.
@@ -64,6 +67,8 @@ class Generation:
         finish: 'end' (end token), 'stop' (stop string) or 'length' (token limit or end of the context).
         step_tokens: tokens emitted by each step. The prefill, which decides the first token, is not a step.
         step_nodes: each step's deepest accepted node, 0 when no draft was right.
+        logprobs: one per token if the request asks for them.
+        reused_tokens: tokens of the prompt whose cache rows an earlier request had left.
         first_token_s, seconds: wall time to the first token and to the last, in seconds.
         done: whether the answer is complete.
     """
@@ -73,6 +78,8 @@ class Generation:
     finish: Finish = "length"
     step_tokens: list[int] = field(default_factory=list)
     step_nodes: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    reused_tokens: int = 0
     first_token_s: float = 0.0
     seconds: float = 0.0
     done: bool = False

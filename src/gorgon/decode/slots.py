@@ -17,8 +17,9 @@ from gorgon.core.accept import accept_sampled, accept_typical
 from gorgon.core.draft import FILLER, Draft
 from gorgon.core.sampling import History, Randomness, choose
 from gorgon.decode.ngrams import NgramIndex
+from gorgon.decode.prefixes import Prefixes
 from gorgon.decode.request import Generation, Request
-from gorgon.decode.step import Decided, DraftBatch, HeadChoices
+from gorgon.decode.step import Decided, DraftBatch, HeadChoices, Logprob
 from gorgon.decode.text import TextStream
 from gorgon.errors import GorgonError, ModelError
 from gorgon.models.cache import TreeCache
@@ -39,6 +40,7 @@ class Running:
         self.read = 0  # prompt tokens that are in the cache
         self.length = 0  # committed cache rows; the root's row comes with the next step
         self.choices: HeadChoices | None = None
+        self.draft: Draft | None = None  # what the last step verified
         self.context = NgramIndex(request.prompt_ids) if engine.copies else None
         self.history = History(request.prompt_ids) if request.sampling.needs_history else None
         self._engine = engine
@@ -66,6 +68,9 @@ class Running:
                 generation.done = True
                 break
         new = generation.token_ids[before:]
+        if self.request.logprobs is not None:
+            wanted = [Logprob(one.logprob, one.likeliest[: self.request.logprobs]) for one in decided.logprobs]
+            generation.logprobs += wanted[: len(new)]
         generation.seconds = time.perf_counter() - self._start
         if first:
             generation.first_token_s = generation.seconds
@@ -100,8 +105,10 @@ class Slots:
     Invariant: a request's tokens do not depend on which others run beside it (float32; lower precisions round by shape).
     """
 
-    def __init__(self, engine: Engine, count: int, context: int) -> None:
-        """Raises: GorgonError for sizes below 1."""
+    def __init__(self, engine: Engine, count: int, context: int, *, reuse: bool = False) -> None:
+        """Args: reuse: whether a prompt's beginning is taken from the rows that earlier requests left, where it fits.
+        Raises: GorgonError for sizes below 1.
+        """
         if count < 1 or context < 1:
             raise GorgonError("slots and context must be at least 1", field="slots", value=(count, context))
         self.engine, self.count, self.context = engine, count, context
@@ -109,6 +116,7 @@ class Slots:
         capacity = context + engine.most_nodes
         self._cache = TreeCache(layers, count, capacity)
         self._entry = self._cache if count == 1 else TreeCache(layers, 1, capacity)
+        self._prefixes = Prefixes(count + 1) if reuse else None
         self._decoding: list[Running] = []
         self._entering: Running | None = None
 
@@ -137,8 +145,19 @@ class Slots:
         backbone = self.engine.backbone
         limit = request.limit(min(self.context, backbone.max_length), backbone.vocab_size)
         request.sampling.check_vocabulary(backbone.vocab_size)
-        self._entering = Running(request, self.engine, limit, Randomness(request.sampling.seed, stream=stream))
-        return self._entering
+        running = Running(request, self.engine, limit, Randomness(request.sampling.seed, stream=stream))
+        self._entering = running
+        if self._prefixes is not None:
+            place, length = self._prefixes.find(request.prompt_ids[:-1])  # the last token decides the first new one
+            if place != self._entry_place and length:
+                self._entry.copy_sequence(self._cache, place, 0, length)
+            running.read = running.generation.reused_tokens = length
+            self._prefixes.hold(self._entry_place, request.prompt_ids[:length])
+        return running
+
+    @property
+    def _entry_place(self) -> int:
+        return 0 if self._entry is self._cache else self.count
 
     def read_prompt(self, most: int | None = None) -> bool:
         """Reads the next `most` tokens of the entering prompt; at its end the first token is decided and decoding begins.
@@ -152,6 +171,8 @@ class Slots:
         stepper = self.engine.stepper(len(self._decoding) + 1)
         hidden_11H = stepper.prompt(self._entry, prompt[running.read : end], running.read)
         running.read = end
+        if self._prefixes is not None:
+            self._prefixes.hold(self._entry_place, prompt[:end])
         if end < len(prompt):
             return False
         self._entering = None
@@ -160,13 +181,17 @@ class Slots:
         try:
             lengths_B = torch.tensor([len(prompt) - 1], device=self.engine.backbone.device)
             choices = self._choices([running], [root], hidden_11H)
-            decided = stepper.settle(self._entry, DraftBatch.of([root], hidden_11H.device), lengths_B, hidden_11H, choices)
+            tree = DraftBatch.of([root], hidden_11H.device)
+            alternatives = running.request.logprobs
+            decided = stepper.settle(self._entry, tree, lengths_B, hidden_11H, choices, alternatives)
             self._take(running, decided[0], first=True)
         except GorgonError as error:
             running.error = error
         if not running.done:
             if self._entry is not self._cache:
                 self._cache.copy_sequence(self._entry, 0, len(self._decoding), running.length)
+                if self._prefixes is not None:
+                    self._prefixes.hold(len(self._decoding), prompt)
             self._decoding.append(running)
         return True
 
@@ -178,6 +203,8 @@ class Slots:
         engine = self.engine
         drafter, stepper = engine.drafter(len(batch)), engine.stepper(len(batch))
         drafts = [drafter.draft(r.root, r.choices, r.context) for r in batch]
+        for running, draft in zip(batch, drafts, strict=True):
+            running.draft = draft
         device = engine.backbone.device
         tensors = DraftBatch.of(drafts, device, drafter.nodes if engine.fixed_shapes else None)
         lengths = [r.length for r in batch]
@@ -185,9 +212,8 @@ class Slots:
         visible = engine.visible(max(lengths) + tensors.nodes, self._cache.capacity)
         hidden_BNH = stepper.forward(self._cache, tensors, lengths_B, visible)
         choices = self._choices(batch, drafts, hidden_BNH)
-        for running, decided in zip(
-            batch, stepper.settle(self._cache, tensors, lengths_B, hidden_BNH, choices), strict=True
-        ):
+        settled = stepper.settle(self._cache, tensors, lengths_B, hidden_BNH, choices, _alternatives(batch))
+        for running, decided in zip(batch, settled, strict=True):
             if running.error is None:
                 self._take(running, decided)
         for running in batch:
@@ -224,6 +250,8 @@ class Slots:
                     chosen[b] = self._walk(running, draft, logits_BNV[b], len(chosen[b]))
                 except GorgonError as error:
                     running.error = error
+                except Exception as error:  # noqa: BLE001 - whatever it was, it must not end the others' answers
+                    running.error = ModelError(f"sampling failed: {type(error).__name__}: {error}")
         return torch.tensor(chosen, device=hidden_BNH.device)
 
     @staticmethod
@@ -250,9 +278,18 @@ class Slots:
             return
         place, last = self._decoding.index(running), len(self._decoding) - 1
         moved = self._decoding.pop()
+        if self._prefixes is not None:
+            self._prefixes.hold(place, [*running.request.prompt_ids, *running.generation.token_ids][: running.length])
         if place != last:
             self._cache.copy_sequence(self._cache, last, place, moved.length)
             self._decoding[place] = moved
+            if self._prefixes is not None:
+                self._prefixes.move(last, place)
+
+
+def _alternatives(batch: Sequence[Running]) -> int | None:
+    asked = [r.request.logprobs for r in batch if r.request.logprobs is not None]
+    return max(asked) if asked else None
 
 
 assert FILLER != NOT_CHOSEN

@@ -75,6 +75,7 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         for buffer in (*self.keys, *self.values):
             buffer[rows_B1, :, to_BP] = buffer[rows_B1, :, from_BP]
 
+    @torch.inference_mode()
     def copy_sequence(self, source: TreeCache, origin: int, target: int, length: int) -> None:
         """Copies the first `length` rows of `source`'s sequence `origin` to this cache's sequence `target`."""
         if not self.keys:
