@@ -1,0 +1,38 @@
+"""What `gorgon serve` can be told. A default stands here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from gorgon.config import Dtype, StepConfig, StepMode
+
+Drafts = Literal["tuned", "ngram", "none"]
+
+
+class ServeConfig(StepConfig):
+    """Serves a model over HTTP: OpenAI's interface, SageMaker's, metrics, and a playground."""
+
+    model: str = Field(description="Directory that `tune` wrote; with --drafts ngram or none any model.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 is every network.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    name: str | None = Field(None, description="Name of the model in the API; the directory's name unless given.")
+    api_key: str | None = Field(None, min_length=1, description="Bearer key that requests must show.")
+    slots: int = Field(8, ge=1, le=256, description="Requests decoded together.")
+    context: int | None = Field(
+        None, ge=2, description="Tokens of prompt and answer that a slot holds; the model's own, at most 4096."
+    )
+    queue: int = Field(64, ge=0, description="Answers that may wait for a slot; more are refused with 429.")
+    prefill_chunk: int = Field(256, ge=1, description="Prompt tokens read between two decoding steps.")
+    reuse_prefixes: bool = Field(True, description="Take a prompt's beginning from rows that earlier requests left.")
+    deadline_s: float = Field(600.0, gt=0, description="Seconds after which a request is given up.")
+    drain_s: float = Field(25.0, ge=0, description="Seconds that running requests get to finish after SIGTERM.")
+    max_body_bytes: int = Field(6_291_456, ge=1024, description="Largest request body; SageMaker's own limit.")
+    drafts: Drafts = Field("tuned", description="What is drafted: the tuned trees, copies from the context, nothing.")
+    dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
+    steps: StepMode = Field(
+        "auto", description="How steps run: compiled where a C++ compiler is, else recorded; eager."
+    )
+    warmup: bool = Field(True, description="Decode at every batch size before the first request is taken.")
+    playground: bool = Field(True, description="Serve the page at / and its race; it has a slot of its own.")
