@@ -24,6 +24,7 @@ from gorgon.models.backbone import load_backbone
 from gorgon.serve.app import make_app
 from gorgon.serve.metrics import Meter
 from gorgon.serve.scheduler import Scheduler
+from gorgon.serve.server import http_config
 from gorgon.serve.settings import ServeConfig
 
 SCHEMA = "CREATE TABLE head (age INTEGER, name VARCHAR, born_state VARCHAR)"
@@ -116,8 +117,7 @@ def server(engine, **settings):
     made = Scheduler(lambda: engine, settings, meter)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    options = uvicorn.Config(make_app(settings, made, meter), http="h11", ws="none", log_config=None, access_log=False,
-                             timeout_graceful_shutdown=5)  # fmt: skip
+    options = http_config(make_app(settings, made, meter), settings)
     running = uvicorn.Server(options)
     thread = threading.Thread(target=lambda: asyncio.run(running.serve([listener])), daemon=True)
     thread.start()

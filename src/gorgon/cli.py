@@ -242,14 +242,8 @@ def serve(
     ] = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Serves a model over HTTP: OpenAI's interface, SageMaker's, metrics, and a playground at /."""
-    try:
-        from gorgon.serve.sagemaker import container_defaults
-        from gorgon.serve.server import serve as run_server
-        from gorgon.serve.settings import ServeConfig
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            "the server's packages are not installed", field=error.name, hint="pip install 'gorgon-llm[serve]'"
-        ) from error
+    from gorgon.serve.settings import ServeConfig, container_defaults
+
     given = {"model": model, "host": host, "port": port, "api_key": api_key, "slots": slots, "context": context,
              "queue": queue, "drafts": drafts, "warmup": warmup, "playground": playground}  # fmt: skip
     values = container_defaults() if model is None else {}
@@ -257,7 +251,14 @@ def serve(
     values |= dict(_assignment(text) for text in assignments)
     if "model" not in values:
         raise GorgonError("no model is given", field="model", hint="gorgon serve runs/quickstart/tune")
-    run_server(build(ServeConfig, values, step="serve"))
+    config = build(ServeConfig, values, step="serve")
+    try:
+        from gorgon.serve.server import serve as run_server
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            "the server's packages are not installed", field=error.name, hint="pip install 'gorgon-llm[serve]'"
+        ) from error
+    run_server(config)
 
 
 def _assignment(text: str) -> tuple[str, Any]:

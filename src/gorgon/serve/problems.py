@@ -62,7 +62,8 @@ def problem_response(error: GorgonError) -> JSONResponse:
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> GorgonError:
     """Pydantic's findings as one error that names the first field and tells of all."""
-    first = errors[0]
+    # A union reports every member's complaint; the one that got furthest into the field says most.
+    first = max((e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]), key=lambda e: len(e["loc"]))
     kind = str(first["type"])
     # A union's members are part of pydantic's path and no part of the body's.
     names = [str(part) for part in first["loc"] if part not in ("body", "str", "int") and not _UNION.search(str(part))]

@@ -7,9 +7,7 @@ their fields. TGI's answers follow TGI 2.x and 3.x, stop strings included: they 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request as HttpRequest
@@ -28,19 +26,8 @@ from gorgon.serve.problems import RESPONSES, invalid, problem
 from gorgon.serve.schemas import Body, ChatBody, CompletionBody, StopText, Text
 from gorgon.serve.service import EventStream, Service
 
-MODEL_DIRECTORY = Path("/opt/ml/model")
 DEFAULT_NEW_TOKENS = 100
 """TGI's own default."""
-
-
-def container_defaults() -> dict[str, Any]:
-    """Model, address and port when SageMaker starts the container with the argument `serve`; {} elsewhere."""
-    if not MODEL_DIRECTORY.is_dir():
-        return {}
-    port = os.environ.get("SAGEMAKER_BIND_TO_PORT", "8080")
-    if not port.isdigit():
-        raise GorgonError("not a port", field="SAGEMAKER_BIND_TO_PORT", value=port, allowed="0 to 65535")
-    return {"model": str(MODEL_DIRECTORY), "host": "0.0.0.0", "port": int(port)}
 
 
 class TgiParameters(Body):

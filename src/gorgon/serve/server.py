@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from gorgon.core.tree import DraftTree
 from gorgon.decode.drafts import StaticDrafter
@@ -32,6 +33,7 @@ SWITCH_S = 0.0005
 """How long a thread may keep the interpreter: the engine's thread should not wait 5 ms, Python's default, after every
 product for the event loop to finish a chunk of text."""
 MOST_HEADER_BYTES = 65_536
+BACKLOG = 2048
 
 
 def load(config: ServeConfig) -> Engine:
@@ -52,6 +54,14 @@ def load(config: ServeConfig) -> Engine:
     return Engine(
         backbone, None, StaticDrafter(DraftTree.of([], ngram=NGRAM_LENGTH)) if config.drafts == "ngram" else PLAIN
     )
+
+
+def http_config(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
+    """How HTTP is spoken: bounded headers, a bounded drain, and our own log."""
+    return uvicorn.Config(
+        app, http="h11", ws="none", log_config=None, access_log=False, server_header=False, backlog=BACKLOG,
+        h11_max_incomplete_event_size=MOST_HEADER_BYTES, timeout_graceful_shutdown=max(int(config.drain_s), 0),
+    )  # fmt: skip
 
 
 class _Server(uvicorn.Server):
@@ -84,14 +94,7 @@ def serve(config: ServeConfig) -> None:
         server.should_exit = True
 
     app = make_app(config, scheduler, meter, end)
-    server = _Server(
-        uvicorn.Config(
-            app, http="h11", ws="none", log_config=None, access_log=False, server_header=False, backlog=2048,
-            h11_max_incomplete_event_size=MOST_HEADER_BYTES, timeout_keep_alive=75,
-            timeout_graceful_shutdown=max(int(config.drain_s), 0),
-        ),
-        scheduler,
-    )  # fmt: skip
+    server = _Server(http_config(app, config), scheduler)
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         asyncio.run(_run(server, listener, scheduler, f"http://{host}:{port}", model_name(config)))
@@ -130,7 +133,7 @@ def _listen(config: ServeConfig) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+        return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise GorgonError(
             f"cannot listen: {error.strerror or error}", field="port", value=f"{config.host}:{config.port}",

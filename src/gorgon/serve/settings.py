@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field
 
 from gorgon.config import Dtype, StepConfig, StepMode
+from gorgon.errors import GorgonError
 
+MODEL_DIRECTORY = Path("/opt/ml/model")
+"""Where SageMaker puts the model."""
 Drafts = Literal["tuned", "ngram", "none"]
 
 
@@ -36,3 +41,13 @@ class ServeConfig(StepConfig):
     )
     warmup: bool = Field(True, description="Decode at every batch size before the first request is taken.")
     playground: bool = Field(True, description="Serve the page at / and its race; it has a slot of its own.")
+
+
+def container_defaults() -> dict[str, Any]:
+    """Model, address and port when SageMaker starts the container with the argument `serve`; {} elsewhere."""
+    if not MODEL_DIRECTORY.is_dir():
+        return {}
+    port = os.environ.get("SAGEMAKER_BIND_TO_PORT", "8080")
+    if not port.isdigit():
+        raise GorgonError("not a port", field="SAGEMAKER_BIND_TO_PORT", value=port, allowed="0 to 65535")
+    return {"model": str(MODEL_DIRECTORY), "host": "0.0.0.0", "port": int(port)}  # noqa: S104 - only inside a container
