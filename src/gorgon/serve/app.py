@@ -53,7 +53,8 @@ def make_app(
     async def health() -> dict[str, Any]:
         scheduler.check_alive()
         return {"status": scheduler.state, "model": service.name, "queued": scheduler.queued,
-                "active": scheduler.active, "slots": config.slots, "context": scheduler.context}  # fmt: skip
+                "active": scheduler.active, "slots": config.slots, "context": scheduler.context,
+                "drafts": config.drafts}  # fmt: skip
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
