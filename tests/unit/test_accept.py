@@ -1,10 +1,25 @@
 """Acceptance equals plain decoding, whatever the drafts are."""
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gorgon.core.accept import accept_greedy
+from gorgon.core.accept import accept, ancestors
+from gorgon.core.draft import Draft
 from tests.unit.test_tree import trees
+
+
+def accepted(tokens, choices, parents):
+    """(nodes from the root to the deepest accepted one, the choice after it) of one tree."""
+    draft = Draft(tokens[:1])
+    for token, parent in zip(tokens[1:], parents[1:], strict=True):
+        draft.add(token, parent)
+    flat_4BN = torch.tensor(draft.flat(draft.nodes)).view(4, 1, draft.nodes)
+    tokens_BN, parents_BN, depths_BN, bits_BN = flat_4BN.unbind(0)
+    choices_BN = torch.tensor([choices])
+    best_B, path_BP = accept(tokens_BN, choices_BN, parents_BN, depths_BN, ancestors(bits_BN), max(draft.depths) + 1)
+    node = int(best_B)
+    return path_BP[0, : draft.depths[node] + 1].tolist(), choices[node]
 
 
 def _backbone(context):
@@ -27,27 +42,23 @@ def test_any_drafts_give_the_text_of_plain_decoding(tree, data):
                 path.insert(0, tokens[at])
                 at = tree.parents[at]
             choices.append(_backbone(context + path))
-        accepted = accept_greedy(tokens, choices, tree.parents)
-        context += [tokens[n] for n in accepted.nodes[1:]] + [accepted.next_token]
+        nodes, next_token = accepted(tokens, choices, tree.parents)
+        context += [tokens[n] for n in nodes[1:]] + [next_token]
         assert context == plain[: len(context)]
-        assert all(tree.parents[b] == a for a, b in zip(accepted.nodes, accepted.nodes[1:], strict=False))
+        assert all(tree.parents[b] == a for a, b in zip(nodes, nodes[1:], strict=False))
 
 
 def test_nothing_accepted_still_gives_the_backbones_own_token():
-    result = accept_greedy([5, 1, 1], [7, 0, 0], [-1, 0, 1])
-    assert (result.nodes, result.next_token) == ([0], 7)
+    assert accepted([5, 1, 1], [7, 0, 0], [-1, 0, 1]) == ([0], 7)
 
 
 def test_everything_accepted():
-    result = accept_greedy([5, 1, 2], [1, 2, 9], [-1, 0, 1])
-    assert (result.nodes, result.next_token) == ([0, 1, 2], 9)
+    assert accepted([5, 1, 2], [1, 2, 9], [-1, 0, 1]) == ([0, 1, 2], 9)
 
 
 def test_a_right_token_under_a_wrong_parent_is_not_accepted():
-    result = accept_greedy([5, 8, 2], [1, 2, 9], [-1, 0, 1])
-    assert (result.nodes, result.next_token) == ([0], 1)
+    assert accepted([5, 8, 2], [1, 2, 9], [-1, 0, 1]) == ([0], 1)
 
 
 def test_of_two_right_branches_the_longer_wins():
-    result = accept_greedy([5, 1, 1, 2], [1, 2, 2, 9], [-1, 0, 0, 2])
-    assert (result.nodes, result.next_token) == ([0, 2, 3], 9)
+    assert accepted([5, 1, 1, 2], [1, 2, 2, 9], [-1, 0, 0, 2]) == ([0, 2, 3], 9)

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gorgon.core.accept import Accepted, accept_greedy, accept_sampled
+from gorgon.core.accept import Accepted, accept_sampled
 from gorgon.core.sampling import History, Randomness, Sampling, choose, probabilities, process
 from gorgon.core.tree import DraftTree
 from gorgon.errors import ModelError
+from tests.unit.test_accept import accepted as accept_greedy
 from tests.unit.test_tree import trees
 
 
@@ -154,8 +155,8 @@ def test_at_temperature_0_it_is_greedy_acceptance(tree, seed, data):
     for node, parent in enumerate(tree.parents):
         context.append([tokens[0]] if parent < 0 else context[parent] + [tokens[node]])
     logits_NV = torch.stack([model(c) for c in context])
-    expected = accept_greedy(tokens, logits_NV.argmax(-1).tolist(), tree.parents)
-    assert accept_sampled(tokens, tree.parents, logits_NV, Sampling()) == expected
+    nodes, next_token = accept_greedy(tokens, logits_NV.argmax(-1).tolist(), tree.parents)
+    assert accept_sampled(tokens, tree.parents, logits_NV, Sampling()) == Accepted(nodes, next_token)
 
 
 def test_with_right_drafts_every_step_takes_the_whole_chain():

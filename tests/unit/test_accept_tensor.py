@@ -1,71 +1,93 @@
-"""Greedy acceptance as tensor operations equals the loop, row by row, and never waits for the device."""
+"""Acceptance of many trees at once equals a slow, literal reading of the rule, and never waits for the device."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gorgon.core.accept import accept_greedy, accept_greedy_tensor
+from gorgon.core.accept import accept, ancestors
+from gorgon.core.draft import FILLER, MOST_NODES, Draft
 from gorgon.core.tree import DraftTree
+from gorgon.decode.step import DraftBatch
 from tests.unit.test_tree import trees
 
-
-def check_row(tree, tokens, choices, node, depth, path):
-    expected = accept_greedy(tokens, choices, tree.parents)
-    assert int(node) == expected.nodes[-1] and int(depth) == len(expected.nodes) - 1
-    padding = [expected.nodes[-1]] * (len(path) - len(expected.nodes))
-    assert path.tolist() == expected.nodes + padding
+NOT_CHOSEN = -2
 
 
-def rows_of(data, count, nodes):
-    flat = data.draw(st.lists(st.integers(0, 1), min_size=2 * count * nodes, max_size=2 * count * nodes))
-    return torch.tensor(flat).view(2, count, nodes)
+def literally(draft, choices):
+    """Every node is tried: is each token on its way the choice at its parent? The deepest such node, the first of equals."""
+    best, best_path = 0, [0]
+    for node in range(draft.nodes):
+        path = [node]
+        while path[0] != 0:
+            path.insert(0, draft.parents[path[0]])
+        right = all(draft.tokens[b] == choices[a] for a, b in zip(path, path[1:], strict=False))
+        if right and len(path) > len(best_path):
+            best, best_path = node, path
+    return best, best_path
 
 
-@settings(max_examples=120)
-@given(trees(max_rank=3), st.integers(1, 4), st.integers(0, 2), st.data())
-def test_one_tree_for_all_rows(tree, rows, deeper, data):
-    tokens_BN, choices_BN = rows_of(data, rows, tree.nodes)
-    depth = max(tree.depths) + deeper
-    node_B, depth_B, path_BD = accept_greedy_tensor(
-        tokens_BN, choices_BN, torch.tensor(tree.parents), tree.ancestors_NN, depth
-    )
-    assert path_BD.shape == (rows, depth + 1)
-    assert {x.dtype for x in (node_B, depth_B, path_BD)} == {torch.int64}
-    for b in range(rows):
-        check_row(tree, tokens_BN[b].tolist(), choices_BN[b].tolist(), node_B[b], depth_B[b], path_BD[b])
+def drafts_of(tree, tokens):
+    draft = Draft(tokens[:1])
+    for token, parent in zip(tokens[1:], tree.parents[1:], strict=True):
+        draft.add(token, parent)
+    return draft
 
 
-@settings(max_examples=80)
-@given(st.lists(trees(max_rank=3), min_size=1, max_size=4), st.data())
-def test_a_tree_for_each_row_padded_to_the_largest(rows, data):
-    nodes, depth = max(t.nodes for t in rows), max(max(t.depths) for t in rows)
-    tokens_BN, choices_BN = rows_of(data, len(rows), nodes)
-    parents_BN = torch.zeros(len(rows), nodes, dtype=torch.int64)
-    ancestors_BNN = torch.zeros(len(rows), nodes, nodes, dtype=torch.bool)
-    for b, tree in enumerate(rows):
-        parents_BN[b, : tree.nodes] = torch.tensor(tree.parents)
-        ancestors_BNN[b, : tree.nodes, : tree.nodes] = tree.ancestors_NN
-    node_B, depth_B, path_BD = accept_greedy_tensor(tokens_BN, choices_BN, parents_BN, ancestors_BNN, depth)
-    for b, tree in enumerate(rows):
-        tokens, choices = tokens_BN[b, : tree.nodes].tolist(), choices_BN[b, : tree.nodes].tolist()
-        check_row(tree, tokens, choices, node_B[b], depth_B[b], path_BD[b])
+def accepted(drafts, choices, *, nodes=None, deeper=0):
+    batch = DraftBatch.of(drafts, torch.device("cpu"), nodes)
+    tokens_BN, parents_BN, depths_BN, bits_BN = batch.flat_4BN.unbind(0)
+    choices_BN = torch.tensor([c + [0] * (batch.nodes - len(c)) for c in choices])
+    return accept(tokens_BN, choices_BN, parents_BN, depths_BN, ancestors(bits_BN), batch.longest + deeper)
+
+
+@settings(max_examples=150)
+@given(st.lists(trees(max_rank=3), min_size=1, max_size=4), st.integers(0, 6), st.integers(0, 2), st.data())
+def test_rows_of_different_trees_equal_the_literal_rule(rows, fillers, deeper, data):
+    """Two tokens, so that ties and long paths are frequent; fillers behind every tree but the largest."""
+    drafts, choices = [], []
+    for tree in rows:
+        drafts.append(drafts_of(tree, data.draw(st.lists(st.integers(0, 1), min_size=tree.nodes, max_size=tree.nodes))))
+        row = st.lists(st.sampled_from([0, 1, NOT_CHOSEN]), min_size=tree.nodes, max_size=tree.nodes)
+        choices.append(data.draw(row))
+    nodes = max(d.nodes for d in drafts) + fillers
+    best_B, path_BP = accepted(drafts, choices, nodes=nodes, deeper=deeper)
+    assert path_BP.shape == (len(rows), max(max(d.depths) for d in drafts) + 1 + deeper)
+    assert best_B.dtype == path_BP.dtype == torch.int64
+    for b, draft in enumerate(drafts):
+        best, path = literally(draft, choices[b])
+        assert int(best_B[b]) == best
+        assert path_BP[b].tolist() == path + [0] * (path_BP.shape[1] - len(path))
 
 
 def test_of_two_right_branches_the_longer_wins_and_the_earlier_in_a_tie():
     tree = DraftTree.of([(0,), (1,), (1, 0), (2,), (2, 0)])
-    tokens_BN = torch.tensor([[0, 1, 1, 1, 1, 1], [0, 1, 1, 2, 1, 1]])
-    ones_BN = torch.ones_like(tokens_BN)
-    node_B, depth_B, path_BD = accept_greedy_tensor(
-        tokens_BN, ones_BN, torch.tensor(tree.parents), tree.ancestors_NN, 2
-    )
-    assert node_B.tolist() == [3, 5] and depth_B.tolist() == [2, 2]
-    assert path_BD.tolist() == [[0, 2, 3], [0, 4, 5]]
+    drafts = [drafts_of(tree, [0, 1, 1, 1, 1, 1]), drafts_of(tree, [0, 1, 1, 2, 1, 1])]
+    best_B, path_BP = accepted(drafts, [[1] * 6] * 2)
+    assert best_B.tolist() == [3, 5]
+    assert path_BP.tolist() == [[0, 2, 3], [0, 4, 5]]
+
+
+def test_fillers_are_never_accepted_even_where_nothing_else_is():
+    draft = Draft([4])
+    draft.add(3, 0)
+    for choice in (FILLER, NOT_CHOSEN, 0):
+        best_B, path_BP = accepted([draft], [[choice] * 8], nodes=8)
+        assert best_B.tolist() == [0] and path_BP.tolist() == [[0, 0]]
+
+
+def test_the_largest_draft_uses_the_sign_bit_of_its_ancestors():
+    """Node 63 is the sign bit of a 64-bit integer."""
+    chain = Draft([1])
+    for node in range(MOST_NODES - 1):
+        chain.add(1, node)
+    best_B, path_BP = accepted([chain], [[1] * MOST_NODES])
+    assert best_B.tolist() == [MOST_NODES - 1] and path_BP.tolist() == [list(range(MOST_NODES))]
+    best_B, path_BP = accepted([chain], [[1] * 40 + [0] * 24])
+    assert best_B.tolist() == [40] and path_BP[0, :42].tolist() == [*range(41), 0]
 
 
 def test_it_never_waits_for_the_device():
     """Tensors without storage: reading one value, or a shape that depends on values, would raise."""
-    tree = DraftTree.of([(0,), (1,), (0, 0)], ngram=3)
-    tokens_BN = torch.empty(3, tree.nodes, dtype=torch.int64, device="meta")
-    parents_N = torch.tensor(tree.parents).to("meta")
-    results = accept_greedy_tensor(tokens_BN, tokens_BN, parents_N, tree.ancestors_NN.to("meta"), 3)
-    assert [tuple(r.shape) for r in results] == [(3,), (3,), (3, 4)]
+    flat_BN = torch.empty(3, 7, dtype=torch.int64, device="meta")
+    best_B, path_BP = accept(flat_BN, flat_BN, flat_BN, flat_BN, ancestors(flat_BN), 4)
+    assert best_B.shape == (3,) and path_BP.shape == (3, 4)

@@ -20,11 +20,12 @@ from gorgon.core.accept import ancestors
 from gorgon.errors import ModelError
 from gorgon.models.cache import TreeCache
 from gorgon.models.compiler import TensorFunction, pick_mode, step_function
+from gorgon.models.families import attention_of, refuse_mismatch, refuse_other_results, refuse_unsupported
+from gorgon.models.linear import lay_out_linear_weights
 from gorgon.models.masks import additive, prompt_visibility, tree_visibility
 
 EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-UNSUPPORTED_LAYERS = frozenset({"linear_attention", "mamba", "conv", "chunked_attention", "recurrent"})
 
 
 def resolve_model(name: str | Path) -> str:
@@ -140,7 +141,7 @@ class Backbone:
         """Number of parameters."""
         return sum(p.numel() for p in self.model.parameters())
 
-    @cached_property
+    @property
     def _windows(self) -> dict[str, int | None]:
         """Attention window by layer type, None being all of the context; one entry when all layers are alike."""
         window = getattr(self.text_config, "sliding_window", None)
@@ -184,12 +185,11 @@ class Backbone:
         cache.place(slots_BN, visible)
         return self._run(cache, tokens_BN.clamp(min=0), positions_BN, self._mask(seen_BNS, positions_BN, keys_BS))
 
-    def forward_prompt(self, cache: TreeCache, tokens_1T: Tensor, start: int) -> Tensor:
-        """Hidden states [1, T, H] of a part of a prompt that begins at position `start`; rows go to the cache."""
-        end = start + tokens_1T.shape[1]
-        positions_1T = torch.arange(start, end, device=tokens_1T.device)[None]
-        cache.place(positions_1T, end)
-        seen_1TS, keys_1S = prompt_visibility(positions_1T, end)
+    def forward_prompt(self, cache: TreeCache, tokens_1T: Tensor, start_1: Tensor, visible: int) -> Tensor:
+        """Hidden states [1, T, H] of a part of a prompt that begins at position `start_1`; rows go to the cache."""
+        positions_1T = start_1[:, None] + torch.arange(tokens_1T.shape[1], device=tokens_1T.device)
+        cache.place(positions_1T, visible)
+        seen_1TS, keys_1S = prompt_visibility(positions_1T, visible)
         return self._run(cache, tokens_1T, positions_1T, self._mask(seen_1TS, positions_1T, keys_1S))
 
     def _run(self, cache: TreeCache, tokens_BN: Tensor, positions_BN: Tensor, mask: Any) -> Tensor:
@@ -202,7 +202,7 @@ class Backbone:
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Next-token logits [..., V] as the model class itself makes them from `hidden`, scaling and capping included.
 
-        Checked against the model's own forward when it is loaded (`_refuse_other_logits`).
+        Checked against the model's own forward when it is loaded (`families.refuse_other_results`).
         """
         config, logits_NV = self.text_config, self.lm_head(hidden_NH)
         if scaling := getattr(config, "logits_scaling", None):  # Granite
@@ -219,7 +219,9 @@ class Backbone:
 
         Raises: MissingDependencyError when compiling is asked for and no compiler is there.
         """
-        self.steps, self._functions = pick_mode(mode), {}
+        self.steps, self._functions = pick_mode(mode, self.parameters, self.device), {}
+        if self.steps != "compiled":  # the compiler packs weights itself
+            lay_out_linear_weights(self.model)
 
     def step_function(self, function: TensorFunction) -> TensorFunction:
         """A function of a step as `run_steps` has it run; made once, so that engines on this backbone share it."""
@@ -253,8 +255,8 @@ def load_backbone(name: str | Path, *, dtype: Dtype = "auto", device: str = "aut
     """Loads a causal LM and its tokenizer, in evaluation mode, with gradients off.
 
     Args: name: directory, hub id, or 'embedded'.
-    Raises: ModelError when it cannot be loaded, is not a decoder whose attention our masks can express, or has
-        missing or surplus tensors.
+    Raises: ModelError when it cannot be loaded, is not a decoder whose attention our masks can express, has missing or
+        surplus tensors, or gives other results through a tree than through its own forward.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -267,36 +269,12 @@ def load_backbone(name: str | Path, *, dtype: Dtype = "auto", device: str = "aut
     chosen = pick_dtype(dtype, place)
     with _loading(source):
         config = AutoConfig.from_pretrained(source)
-        _refuse_unsupported(config, source)
+        refuse_unsupported(config, source)
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=chosen, attn_implementation="sdpa", output_loading_info=True
+            source, dtype=chosen, attn_implementation=attention_of(config), output_loading_info=True
         )
-    _refuse_mismatch(report, source)
+    refuse_mismatch(report, source)
     model.to(place).eval().requires_grad_(False)
-    return Backbone(source, model, tokenizer, place, chosen)
-
-
-def _refuse_unsupported(config: Any, source: str) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"'{source}' ({config.model_type}) is an encoder-decoder model; Gorgon speeds up decoder-only models",
-            field="model",
-        )
-    types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or [])
-    if types & UNSUPPORTED_LAYERS:
-        raise ModelError(
-            f"'{source}' ({config.model_type}) has layers whose state cannot hold a tree of drafts: "
-            f"{', '.join(sorted(types & UNSUPPORTED_LAYERS))}",
-            field="model", allowed="softmax attention in every layer",
-        )  # fmt: skip
-
-
-def _refuse_mismatch(report: dict[str, Any], source: str) -> None:
-    """A checkpoint that does not fill the model, or holds more than the model, is not the model it claims to be."""
-    for key, word in (("missing_keys", "missing"), ("unexpected_keys", "surplus"), ("mismatched_keys", "mis-shaped")):
-        names = sorted(str(n) for n in report.get(key) or ())
-        if names:
-            raise ModelError(
-                f"the checkpoint in '{source}' has {len(names)} {word} tensor(s)",
-                field=names[0], hint="was the download or copy complete, and does config.json belong to these weights?",
-            )  # fmt: skip
+    backbone = Backbone(source, model, tokenizer, place, chosen)
+    refuse_other_results(backbone)
+    return backbone
