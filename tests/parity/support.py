@@ -46,6 +46,7 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FAMILIES = {
     "llama": ("llama", {}),
+    "llama, one layer": ("llama", {"num_hidden_layers": 1}),
     "llama, tied, one group": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "mistral": ("mistral", {"sliding_window": 4096}),
     "mistral, short window": ("mistral", {"sliding_window": WINDOW}),
@@ -57,6 +58,8 @@ FAMILIES = {
     "gemma": ("gemma", {"head_dim": 8}),
     "gemma2": ("gemma2", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED, "query_pre_attn_scalar": 8,
                           "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
+    "gemma2, one layer": ("gemma2", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED[:1],
+                                     "num_hidden_layers": 1, "final_logit_softcapping": 2.0}),
     "gemma3": ("gemma3_text", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED,
                                "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0}),
     "olmo2": ("olmo2", {}),
@@ -74,7 +77,8 @@ FAMILIES = {
                                     "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "n_routed_experts": 4, "n_group": 1,
                                     "topk_group": 1, "first_k_dense_replace": 1, **EXPERTS}),
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": CONTEXT}),
-    "gpt-oss": ("gpt_oss", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED, "num_local_experts": 4, **EXPERTS}),
+    "gpt-oss": ("gpt_oss", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED, "num_local_experts": 4,
+                            **EXPERTS}),
     "mixtral": ("mixtral", {"num_local_experts": 4, **EXPERTS}),
     "qwen3-moe": ("qwen3_moe", {"head_dim": 8, "num_experts": 4, **EXPERTS}),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""One request, token-exact against transformers' own generate in fp32: trees, end tokens, limits, stop strings, cache."""
+"""One request, token-exact against transformers' own generate in fp32: trees, ends, limits, stop strings, cache."""
 
 import random
 
@@ -157,13 +157,20 @@ def test_the_layout_is_chosen_by_measurement():
     assert (packed > 0) == ("packed" in chosen.values())
 
 
-@pytest.mark.parametrize("mode", ["recorded", "compiled"])
-def test_steps_run_in_other_ways_write_the_same_tokens(mode):
-    if mode == "compiled" and not has_cpp_compiler():
-        pytest.skip("no C++ compiler")
-    backbone, asked = backbone_of("gemma3" if mode == "recorded" else "llama", own=True), prompts()
-    backbone.run_steps(mode)
+def test_recorded_steps_write_the_same_tokens():
+    backbone, asked = backbone_of("gemma2, one layer", own=True), prompts((2, 9, 30))
+    backbone.run_steps("recorded")
     expected = [reference(backbone, p, 30) for p in asked]
-    for name, together in (("plain", 1), ("bushy + ngram", 1), ("bushy", 3)):
+    for name, together in (("bushy + ngram", 1), ("bushy", 3)):
         engine = oracle_engine(backbone, TREES[name], asked, 30)
         assert [a.token_ids for a in engine.generate(asked, max_new_tokens=30, together=together)] == expected
+
+
+@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler")
+def test_compiled_steps_write_the_same_tokens():
+    """One tree and one batch size: each shape that is special to the compiler costs seconds."""
+    backbone, asked = backbone_of("llama, one layer", own=True), prompts((9, 30))
+    backbone.run_steps("compiled")
+    engine = oracle_engine(backbone, TREES["chain"], asked, 30)
+    found = engine.generate(asked, max_new_tokens=30, together=1)
+    assert [a.token_ids for a in found] == [reference(backbone, p, 30) for p in asked]

@@ -47,9 +47,7 @@ def refuse_unsupported(config: Any, source: str) -> None:
     """
     who = f"'{source}' ({config.model_type})"
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{who} is an encoder-decoder model; Gorgon speeds up decoder-only models", field="model"
-        )
+        raise ModelError(f"{who} is an encoder-decoder model; Gorgon speeds up decoder-only models", field="model")
     decoder = config.get_text_config(decoder=True)
     others = sorted(set(getattr(decoder, "layer_types", None) or []) - LAYERS)
     if others:
