@@ -176,9 +176,8 @@ def test_greedy_sampled_and_typical_requests_share_steps(endless):
     asked = prompts((9, 30, 2))
     options = [Sampling(), Sampling(temperature=1.0, seed=3), Sampling(temperature=0.7, acceptance="typical", seed=3)]
     engine = oracle_engine(endless, TREES["bushy"], asked)
-    runs, sizes = answers_of(
-        engine.slots(3, 80), [Request(p, 30, sampling=s) for p, s in zip(asked, options, strict=True)]
-    )
+    requests = [Request(p, 30, sampling=s) for p, s in zip(asked, options, strict=True)]
+    runs, sizes = answers_of(engine.slots(3, 80), requests)
     assert runs[0].generation.token_ids == reference(endless, asked[0], 30) and 3 in sizes
     beside, _ = answers_of(Engine(endless, None, PLAIN).slots(3, 80), requests[:2])
     assert runs[1].generation.token_ids == beside[1].generation.token_ids
