@@ -159,7 +159,8 @@ def generate(
         chats = [conversation(sys.stdin.read() if prompt == "-" else str(prompt), system)]
 
     from gorgon.data.chat import encode_prompt
-    from gorgon.decode.engine import load_engine
+    from gorgon.decode.load import load_engine
+    from gorgon.decode.request import Request
     from gorgon.decode.text import TextStream
     from gorgon.progress import say
 
@@ -170,7 +171,7 @@ def generate(
     for messages in chats:
         stream = TextStream(tokenizer, stop)
         shown = taken = 0
-        for generation in engine.stream(encode_prompt(tokenizer, messages), max_new_tokens=max_new_tokens, stop=stop):
+        for generation in engine.stream(Request(encode_prompt(tokenizer, messages), max_new_tokens, stop)):
             for token in generation.token_ids[taken:]:
                 stream.push(token)
             taken = len(generation.token_ids)

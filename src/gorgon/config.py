@@ -126,15 +126,19 @@ class TuneConfig(StepConfig):
     data: str | None = Field(None, description="Directory that `prepare` wrote; its validation prompts calibrate.")
     prompts: int = Field(100, ge=1, description="Validation prompts that the model answers for the statistics.")
     max_new_tokens: int = Field(128, ge=1, description="Length limit of one answer, in tokens.")
-    max_nodes: int = Field(64, ge=1, le=256, description="Largest tree considered, root included.")
+    max_nodes: int = Field(64, ge=1, le=64, description="Largest tree considered, root included.")
     max_rank: int = Field(10, ge=1, le=64, description="Ranks of a head that may become nodes.")
     ngram_lengths: list[int] = Field(
         [0, 2, 4, 6, 8], description="Lengths of the n-gram branch to try; [0] turns the branch off."
     )
+    dynamic: bool = Field(True, description="Also try trees grown in every step from what heads and context say.")
+    width: int = Field(6, ge=1, le=64, description="Choices of a head that a dynamic tree looks at.")
+    batch_sizes: list[int] = Field([1], min_length=1, description="Numbers of sequences decoded together to tune for.")
     draft_coverage: float = Field(
         0.999, gt=0, le=1, description="Heads draft the tokens that make up this share of all answers; 1 drafts any."
     )
     trials: int = Field(5, ge=3, description="Timing passes per tree size; the median counts.")
+    steps: StepMode = Field("auto", description="How steps run; auto compiles where a C++ compiler is installed.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
     seed: int = Field(42, description="Seed of the prompt choice.")
 
@@ -151,6 +155,7 @@ class CompareConfig(StepConfig):
     stop: list[str] = Field([], description="Strings that end an answer.")
     sql: bool = Field(True, description="Run answers and references in SQLite on each row's schema.")
     extra_nodes: list[int] = Field([], description="Also measure the best trees of these sizes, without n-gram branch.")
+    steps: StepMode = Field("auto", description="How steps run; auto compiles where a C++ compiler is installed.")
     examples: int = Field(6, ge=0, description="Example answers shown in the report.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
     seed: int = Field(42, description="Seed of the prompt choice.")

@@ -49,7 +49,7 @@ class FakeContestants:
     def __init__(self, decoders):
         tokenizer = Tokenizer()
         backbone = SimpleNamespace(tokenizer=tokenizer, max_length=64)
-        self.engine = SimpleNamespace(tree=TREE, backbone=backbone)
+        self.engine = SimpleNamespace(backbone=backbone)
         self.decoders = decoders
 
     def facts(self):
@@ -57,6 +57,9 @@ class FakeContestants:
             "type": "llama", "parameters": 4_262_144, "layers": 4, "hidden_size": 256, "vocab_size": 2048,
             "max_length": 64, "heads": 2, "head_parameters": 1000, "dtype": "float32", "device": "cpu", "threads": 1,
         }  # fmt: skip
+
+    def example_step(self, prompt_ids):
+        return {"parents": [0, 0, 1, 0], "texts": ["SELECT", " $na", "me$", HOSTILE], "accepted": [True, True, True, False]}
 
     def blocks(self, answer):
         from gorgon.bench.contestants import Contestants
@@ -74,12 +77,12 @@ def directories(tmp_path, monkeypatch):
     data.mkdir()
     shares = [{"path": [0], "share": 0.5}, {"path": [1], "share": 0.2}, {"path": [0, 0], "share": 0.3}]
     tree = {
-        "format": 1,
-        "trees": [{"batch_size": 1, "paths": [[0], [0, 0], [1]], "ngram": 2, "nodes": 6, "tokens_per_step": 2.1,
-                   "step_ms": 2.4, "plain_step_ms": 1.9}],
-        "cost_curve": [{"nodes": 1, "step_ms": 1.9}, {"nodes": 8, "step_ms": 2.4}],
-        "candidates": [{"nodes": 6, "ngram": 2, "tokens_per_step": 2.1, "step_ms": 2.4, "tokens_per_s": 900.0},
-                       {"nodes": 4, "ngram": 0, "tokens_per_step": 1.9, "step_ms": 2.3, "tokens_per_s": 850.0}],
+        "format": 2,
+        "trees": [{"batch_size": 1, "kind": "static", "paths": [[0], [0, 0], [1]], "ngram": 2, "nodes": 6,
+                   "mean_nodes": 5.5, "tokens_per_step": 2.1, "step_ms": 2.4, "plain_step_ms": 1.9}],
+        "cost_curves": {"1": [{"nodes": 1, "step_ms": 1.9}, {"nodes": 8, "step_ms": 2.4}]},
+        "candidates": [{"kind": "static", "nodes": 6, "mean_nodes": 5.5, "ngram": 2, "tokens_per_step": 2.1, "step_ms": 2.4, "tokens_per_s": 900.0},
+                       {"kind": "static", "nodes": 4, "mean_nodes": 4, "ngram": 0, "tokens_per_step": 1.9, "step_ms": 2.3, "tokens_per_s": 850.0}],
         "best_by_nodes": [{"nodes": 5, "ngram": 2, "tokens_per_step": 2.0}],
         "rank_statistics": {"positions": 10, "paths": shares},
     }  # fmt: skip
@@ -149,6 +152,23 @@ def test_summary_answers_and_report(directories, tmp_path, monkeypatch):
 
     assert compare(config(directories, extra_nodes=[4]), out).reused
     check_page((out / "report.html").read_text())
+
+
+def test_a_dynamic_tree_is_shown_by_one_step(directories, tmp_path, monkeypatch):
+    answer_with(monkeypatch)
+    file = directories[0] / "tree.json"
+    tree = json.loads(file.read_text())
+    tree["trees"] = [{"batch_size": 1, "kind": "dynamic", "nodes": 8, "threshold": 0.1, "width": 4, "mean_nodes": 6.2,
+                      "tokens_per_step": 3.0, "step_ms": 2.2, "plain_step_ms": 1.9}]  # fmt: skip
+    tree["candidates"].append({"kind": "dynamic", "nodes": 8, "mean_nodes": 6.2, "threshold": 0.1, "width": 4,
+                               "tokens_per_step": 3.0, "step_ms": 2.2, "tokens_per_s": 1300.0})  # fmt: skip
+    file.write_text(json.dumps(tree))
+    compare(config(directories), tmp_path / "out")
+    shown = json.loads((tmp_path / "out" / "summary.json").read_text())["tree"]
+    assert (shown["kind"], shown["nodes"], shown["mean_nodes"], shown["threshold"]) == ("dynamic", 8, 6.2, 0.1)
+    page = (tmp_path / "out" / "report.html").read_text()
+    check_page(page)
+    assert "grown anew in every step" in page and "6.2 nodes on average" in page
 
 
 def test_differing_answers_are_told_everywhere(directories, tmp_path, monkeypatch):

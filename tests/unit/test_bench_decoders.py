@@ -6,9 +6,8 @@ import pytest
 
 from gorgon.bench.contestants import Contestants
 from gorgon.bench.decoders import Answer, EngineDecoder, TransformersDecoder, top_margin
-from gorgon.core.tree import DraftTree
 from gorgon.data.chat import encode_prompt
-from gorgon.decode.engine import Engine
+from gorgon.decode.engine import PLAIN, Engine
 from gorgon.models.backbone import load_backbone
 
 
@@ -35,7 +34,7 @@ def theirs(backbone):
 
 @pytest.fixture(scope="module")
 def plain(backbone):
-    return EngineDecoder("plain", Engine(backbone, None, DraftTree()))
+    return EngineDecoder("plain", Engine(backbone, None, PLAIN))
 
 
 def test_same_answer_as_plain_decoding_without_surprises(theirs, plain, prompt, backbone, caplog, capfd):
@@ -73,7 +72,7 @@ def test_blocks_put_the_text_back_together(backbone, plain):
     tokenizer = backbone.tokenizer
     text = "SELECT naïve 日本 FROM t"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    contestants = Contestants(Engine(backbone, None, DraftTree()), [])
+    contestants = Contestants(Engine(backbone, None, PLAIN), [])
     for size in (1, 2, 3):
         steps = [min(size, len(ids) - 1 - i) for i in range(0, len(ids) - 1, size)]
         blocks = contestants.blocks(Answer(ids, text, 0.0, steps))

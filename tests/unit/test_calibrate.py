@@ -1,4 +1,4 @@
-"""Calibration positions against what the engine really does: replaying predicts its steps exactly."""
+"""Replaying recorded texts predicts what the engine really does, step by step, for every kind of drafter."""
 
 from collections import Counter
 
@@ -7,12 +7,13 @@ import torch
 
 from gorgon.core.heads import MedusaHeads
 from gorgon.core.rank_stats import best_tree, count_prefixes, replay
-from gorgon.core.tree import DraftTree
 from gorgon.data.chat import encode_prompt
 from gorgon.data.sample import generate_rows
-from gorgon.decode.calibrate import positions_of
-from gorgon.decode.engine import Engine
-from gorgon.decode.tune import draft_vocabulary
+from gorgon.decode.calibrate import count_acceptance, record, replay_drafter
+from gorgon.decode.drafts import StaticDrafter
+from gorgon.decode.dynamic import DynamicDrafter
+from gorgon.decode.engine import PLAIN, Engine
+from gorgon.decode.vocabulary import draft_vocabulary
 from gorgon.models.backbone import load_backbone
 
 
@@ -26,35 +27,43 @@ def setting():
     for head in heads:
         torch.nn.init.normal_(head[0].linear.weight, std=0.02)
     heads.requires_grad_(False)
-    engine = Engine(backbone, heads, DraftTree())
-    rows = generate_rows(3, 12)
+    engine = Engine(backbone, heads, PLAIN)
     chats = [
-        [{"role": "system", "content": r["context"]}, {"role": "user", "content": r["question"]}] for r in rows
-    ]  # fmt: skip
+        [{"role": "system", "content": r["context"]}, {"role": "user", "content": r["question"]}]
+        for r in generate_rows(3, 12)
+    ]
     prompts = [encode_prompt(backbone.tokenizer, chat) for chat in chats]
-    answers = [engine.generate(p, max_new_tokens=50).token_ids for p in prompts]
+    answers = [g.token_ids for g in engine.generate(prompts, max_new_tokens=50)]
     return engine, prompts, answers
 
 
 @pytest.mark.parametrize("coverage", [1.0, 0.8])
-@pytest.mark.parametrize("ngram", [0, 5])
-def test_a_replay_is_what_the_engine_does_step_by_step(setting, ngram, coverage):
+@pytest.mark.parametrize("kind", ["heads", "heads and n-gram", "dynamic"])
+def test_a_replay_is_what_the_engine_does_step_by_step(setting, kind, coverage):
     engine, prompts, answers = setting
     vocabulary = draft_vocabulary(Counter(t for a in answers for t in a), coverage, engine.backbone.vocab_size)
     assert (vocabulary is None) == (coverage == 1.0)
     vocabulary_U = None if vocabulary is None else torch.tensor(vocabulary)
-    engine = Engine(engine.backbone, engine.heads, engine.tree, vocabulary_U)
-    texts = [positions_of(engine, p, a) for p, a in zip(prompts, answers, strict=True)]
-    counts = count_prefixes((p for t in texts for p in t), max_rank=6, ngram=ngram)
-    tree = best_tree(counts, 10, ngram=ngram)
-    decoding = engine.with_tree(tree)
+    engine = Engine(engine.backbone, engine.heads, PLAIN, vocabulary_U)
+    recordings = [record(engine, p, a, 4) for p, a in zip(prompts, answers, strict=True)]
+    ngram = 0 if kind == "heads" else 5
+    if kind == "dynamic":
+        rates = count_acceptance(recordings, 3).rates()
+        drafter = DynamicDrafter(rates, nodes=10, threshold=0.02, width=4)
+    else:
+        counts = count_prefixes((p for r in recordings for p in r.positions), max_rank=6, ngram=ngram)
+        drafter = StaticDrafter(best_tree(counts, 10, ngram=ngram))
+    decoding = engine.with_drafter(drafter)
     accepted = 0
-    for prompt, answer, text in zip(prompts, answers, texts, strict=True):
-        generation = decoding.generate(prompt, max_new_tokens=50)
-        result = replay([text], tree)
+    for prompt, answer, recording in zip(prompts, answers, recordings, strict=True):
+        generation = decoding.answer(prompt, max_new_tokens=50)
+        result = replay_drafter([recording], drafter)
         assert generation.token_ids == answer
         assert len(generation.step_tokens) == result.steps
         assert sum(generation.step_tokens) == result.tokens
+        if kind != "dynamic":
+            counted = replay([recording.positions], drafter.tree)
+            assert (counted.steps, counted.tokens) == (result.steps, result.tokens)
         accepted += sum(node > 0 for node in generation.step_nodes)
     assert accepted > 5, "drafts must be accepted, or this test shows nothing"
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from gorgon.core.heads import MedusaHeads
 from gorgon.errors import ModelError, ShapeError
 from gorgon.models.backbone import load_backbone, load_tokenizer, resolve_model
-from gorgon.models.directory import HEADS_FILE, base_model, load_heads, read_tree, write_model_directory
+from gorgon.decode.load import read_drafters
+from gorgon.models.directory import HEADS_FILE, base_model, load_heads, read_tree_file, write_model_directory
 from gorgon.models.inspect import inspect_model
 
 
@@ -144,15 +145,21 @@ def test_an_empty_directory_is_no_model(tmp_path):
         (None, ModelError),
         ("{", ModelError),
         ('{"trees": []}', ModelError),
-        ('{"trees": [{"batch_size": 1, "paths": [[0, 0]], "ngram": 0}]}', ShapeError),
-        ('{"trees": [{"batch_size": 1, "paths": 3, "ngram": 0}]}', ModelError),
+        ('{"format": 1, "trees": []}', ModelError),
+        ('{"format": 2}', ModelError),
+        ('{"format": 2, "trees": [{"batch_size": 1, "kind": "static", "paths": [[0, 0]], "ngram": 0}]}', ShapeError),
+        ('{"format": 2, "trees": [{"batch_size": 1, "kind": "static", "paths": 3, "ngram": 0}]}', ModelError),
+        ('{"format": 2, "trees": [{"batch_size": 1, "kind": "magic"}]}', ModelError),
+        ('{"format": 2, "acceptance": [[[2.0]]], "trees": []}', ModelError),
+        ('{"format": 2, "trees": [{"batch_size": 1, "kind": "dynamic", "nodes": 4, "threshold": 0.1, "width": 2}]}',
+         ModelError),
     ],
 )
 def test_tree_files(tmp_path, content, error):
     if content is not None:
         (tmp_path / "tree.json").write_text(content)
     with pytest.raises(error):
-        read_tree(tmp_path)
+        read_drafters(read_tree_file(tmp_path))
 
 
 @pytest.mark.parametrize(

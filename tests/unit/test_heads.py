@@ -36,8 +36,9 @@ def test_packed_heads_equal_the_modules(layers, count):
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter)
     heads.requires_grad_(False)
-    hidden = torch.randn(1, 8)
-    torch.testing.assert_close(PackedHeads(heads, count)(hidden), heads(hidden)[:count, 0])
+    for batch in (1, 3):
+        hidden = torch.randn(batch, 8)
+        torch.testing.assert_close(PackedHeads(heads, count)(hidden), heads(hidden)[:count])
 
 
 def test_wrong_sizes_are_refused():

@@ -49,7 +49,7 @@ def compare(config: CompareConfig, out: Path, *, force: bool = False) -> StepRes
         )
         with run.timed("load"):
             contestants = Contestants.load(
-                tree_file.parent, dtype=config.dtype,
+                tree_file.parent, dtype=config.dtype, steps=config.steps,
                 extra={size: best_tree(tuned, size) for size in config.extra_nodes},
             )  # fmt: skip
             backbone = contestants.engine.backbone
@@ -66,7 +66,8 @@ def compare(config: CompareConfig, out: Path, *, force: bool = False) -> StepRes
             rows = [
                 judge(p, a.text, sql=config.sql) for p, a in zip(prompts, series[MEDUSA].answers, strict=True)
             ]  # fmt: skip
-        summary = summarize(config, series, prompts, rows, contestants.engine.tree, tuned, heads)
+        facts = tree_facts(series[MEDUSA], contestants, prompts[0], tuned)
+        summary = summarize(config, series, prompts, rows, facts, heads)
         summary |= {"model": contestants.facts(), "data": data_facts(test_file, len(prompts))}
         summary["differing"] = differing(series, prompts, contestants)
         answers = answer_lines(series, prompts, rows, contestants)
@@ -136,8 +137,7 @@ def summarize(
     series: Mapping[str, Series],
     prompts: Sequence[Prompt],
     rows: Sequence[RowQuality],
-    tree: DraftTree,
-    tuned: Mapping[str, Any],
+    tree: Mapping[str, Any],
     heads: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything in summary.json that follows from the measurement and the files of earlier steps."""
@@ -164,7 +164,7 @@ def summarize(
             "accuracy": best["accuracy"],
             "evaluations": heads["evaluations"],
         },
-        "tree": tree_facts(ours, tree, tuned),
+        "tree": tree,
         "extra_trees": [
             {"name": name, "nodes": int(name.removeprefix("tree_")), "exact_match": one.exact_match,
              "tokens_per_step": tokens_per_step(one.answers), "vs_plain": speedup(one, series[PLAIN])[0]}
@@ -176,25 +176,34 @@ def summarize(
     }  # fmt: skip
 
 
-def tree_facts(ours: Series, tree: DraftTree, tuned: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree, what was expected of each node, what was observed, and the costs that chose it."""
-    shares = {tuple(p["path"]): float(p["share"]) for p in tuned["rank_statistics"]["paths"]}
-    steps = sum(len(a.step_nodes) for a in ours.answers)
-    counts = accepted_nodes(ours.answers, tree.parents)
+def tree_facts(ours: Series, contestants: Contestants, prompt: Prompt, tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """What is drafted, what came of it, and the costs that chose it.
+
+    A static tree has expected and observed acceptance by node; of a dynamic one a step of the first prompt is shown.
+    """
     chosen = single_request(tuned)
+    facts = {
+        **{key: chosen[key] for key in ("kind", "nodes", "mean_nodes")},
+        "ngram": chosen.get("ngram", 0),
+        "steps": sum(len(a.step_nodes) for a in ours.answers),
+        "calibration_positions": tuned["rank_statistics"].get("positions"),
+        "tuned": {key: chosen.get(key) for key in ("tokens_per_step", "step_ms", "plain_step_ms")},
+        "cost_curve": tuned["cost_curves"]["1"],
+        "candidates": tuned["candidates"],
+    }
+    if chosen["kind"] == "dynamic":
+        return {**facts, "threshold": chosen["threshold"], "example": contestants.example_step(prompt.token_ids)}
+    tree = DraftTree.of(chosen["paths"], ngram=chosen["ngram"])
+    shares = {tuple(p["path"]): float(p["share"]) for p in tuned["rank_statistics"]["paths"]}
+    counts = accepted_nodes(ours.answers, tree.parents)
+    steps = facts["steps"]
     return {
-        "nodes": tree.nodes,
-        "ngram": tree.ngram,
+        **facts,
         "paths": [list(p) for p in tree.paths],
         "parents": tree.parents,
         "accepted_steps": counts,
         "observed": [round(c / steps, 4) if steps else 0.0 for c in counts],
         "expected": [1.0, *(shares.get(p) for p in tree.paths), *([None] * tree.ngram)],
-        "steps": steps,
-        "calibration_positions": tuned["rank_statistics"].get("positions"),
-        "tuned": {key: chosen.get(key) for key in ("tokens_per_step", "step_ms", "plain_step_ms")},
-        "cost_curve": tuned["cost_curve"],
-        "candidates": tuned["candidates"],
     }
 
 

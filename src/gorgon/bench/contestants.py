@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from gorgon.bench.decoders import MEDUSA, PLAIN, Answer, Decoder, EngineDecoder, TransformersDecoder
-from gorgon.config import Dtype
+from gorgon.config import Dtype, StepMode
+from gorgon.core.draft import Draft
 from gorgon.core.tree import DraftTree
-from gorgon.decode.engine import Engine, load_engine
+from gorgon.decode.drafts import Drafter
+from gorgon.decode.engine import Engine
+from gorgon.decode.load import load_engine
+from gorgon.decode.ngrams import NgramIndex
+from gorgon.decode.step import HeadChoices
 from gorgon.models.backbone import load_backbone
 from gorgon.models.directory import base_model
 
@@ -23,13 +28,13 @@ class Contestants:
     decoders: list[Decoder]
 
     @staticmethod
-    def load(model: Path, *, dtype: Dtype, extra: Mapping[int, DraftTree]) -> Contestants:
+    def load(model: Path, *, dtype: Dtype, steps: StepMode, extra: Mapping[int, DraftTree]) -> Contestants:
         """Loads the model directory and names its decoders; `extra` is size -> tree, named 'tree_SIZE'.
 
         On a CPU `transformers.generate` gets weights of its own: our engine lays them out for itself, and a
         comparison must not slow down the other side. On a GPU nothing is changed, so memory is shared.
         """
-        engine = load_engine(model, dtype=dtype, traced=True)
+        engine = load_engine(model, dtype=dtype, steps=steps)
         theirs = engine.backbone
         if theirs.device.type == "cpu":
             theirs = load_backbone(base_model(model), dtype=dtype)
@@ -59,6 +64,7 @@ class Contestants:
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(backbone.device) if gpu else backbone.device.type,
             "threads": torch.get_num_threads(),
+            "steps": backbone.steps,
         }
 
     def blocks(self, answer: Answer) -> list[dict[str, Any]]:
@@ -79,3 +85,32 @@ class Contestants:
             blocks.append({"tokens": count, "text": text[len(shown) :]})
             shown = text
         return blocks
+
+    def example_step(self, prompt_ids: list[int], steps: int = 24) -> dict[str, Any]:
+        """The tree of the step with the most accepted drafts among the first steps of an answer, with its tokens."""
+        watched = _Watched(self.engine.drafter(1))
+        answer = self.engine.with_drafter(watched).answer(prompt_ids, max_new_tokens=8 * steps)
+        drafts = watched.drafts[: max(1, min(steps, len(answer.step_nodes)))]
+        if not drafts:
+            return {"parents": [0], "texts": [""], "accepted": [True]}
+        best = max(range(len(drafts)), key=lambda i: drafts[i].depths[answer.step_nodes[i]])
+        draft, path = drafts[best], drafts[best].bits[answer.step_nodes[best]]
+        decode = self.engine.backbone.tokenizer.decode
+        return {
+            "parents": draft.parents,
+            "texts": [str(decode([token])) for token in draft.tokens],
+            "accepted": [bool(path >> node & 1) for node in range(draft.nodes)],
+        }
+
+
+class _Watched:
+    """A drafter that keeps what another one drafts."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter, self.drafts = drafter, list[Draft]()
+        self.nodes, self.heads, self.width, self.copies = drafter.nodes, drafter.heads, drafter.width, drafter.copies
+
+    def draft(self, root: int, choices: HeadChoices | None, context: NgramIndex | None) -> Draft:
+        """The other's draft."""
+        self.drafts.append(self._drafter.draft(root, choices, context))
+        return self.drafts[-1]

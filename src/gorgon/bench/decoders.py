@@ -49,7 +49,7 @@ class EngineDecoder:
 
     def answer(self, prompt_ids: list[int], max_new_tokens: int, stop: Sequence[str]) -> Answer:
         """The engine's greedy answer."""
-        made = self._engine.generate(prompt_ids, max_new_tokens=max_new_tokens, stop=stop)
+        made = self._engine.answer(prompt_ids, max_new_tokens=max_new_tokens, stop=stop)
         return Answer(
             list(made.token_ids), made.text, made.first_token_s, list(made.step_tokens), list(made.step_nodes)
         )

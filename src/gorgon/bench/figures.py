@@ -118,7 +118,7 @@ def step_cost(curve: Sequence[Mapping[str, float]], chosen: int) -> str:
     nodes, times = [c["nodes"] for c in ordered], [c["step_ms"] for c in ordered]
     with svg.drawing(2.7) as (figure, axes):
         axes.plot(nodes, times, color=svg.PLAIN, marker="o", markersize=2.8)
-        _mark(axes, chosen, _interpolate(nodes, times, chosen), f"chosen: {chosen} nodes")
+        _mark(axes, chosen, _interpolate(nodes, times, chosen), f"chosen: {chosen} nodes on average")
         axes.set(xlabel="Nodes of the tree, root included", ylabel="One step (ms)", ylim=(0, 1.2 * max(times)))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         return svg.embed(
@@ -127,33 +127,43 @@ def step_cost(curve: Sequence[Mapping[str, float]], chosen: int) -> str:
         )  # fmt: skip
 
 
-def candidate_rates(candidates: Sequence[Mapping[str, float]], chosen_nodes: int, chosen_ngram: int) -> str:
-    """Tokens per second that the calibration predicts for each tree considered, one line per n-gram length."""
+def candidate_rates(candidates: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> str:
+    """Tokens per second that the calibration predicts for each drafter considered, by the mean size of its drafts.
+
+    One line per length of a static tree's n-gram branch, and a dot per dynamic tree.
+    Args: chosen: kind, nodes and mean_nodes of the one that tuning took.
+    """
     with svg.drawing(2.7) as (figure, axes):
-        lengths = sorted({int(c["ngram"]) for c in candidates})
+        static = [c for c in candidates if c["kind"] == "static"]
+        dynamic = [c for c in candidates if c["kind"] == "dynamic"]
         best = max(candidates, key=lambda c: c["tokens_per_s"])
         ends = []
-        for length in lengths:
-            points = sorted((c["nodes"], c["tokens_per_s"]) for c in candidates if c["ngram"] == length)
-            strong = length == chosen_ngram
-            axes.plot(*zip(*points, strict=True), color=svg.NGRAM if length else svg.MEDUSA, marker="o", markersize=2.2,
-                      linewidth=2 if strong else 1.1, alpha=1 if strong else 0.5)  # fmt: skip
-            ends.append((points[-1], length))
-        right = max(c["nodes"] for c in candidates)
+        for length in sorted({int(c["ngram"]) for c in static}):
+            points = sorted((c["mean_nodes"], c["tokens_per_s"]) for c in static if c["ngram"] == length)
+            axes.plot(*zip(*points, strict=True), color=svg.NGRAM if length else svg.PLAIN, marker="o", markersize=2.2,
+                      linewidth=1.1, alpha=0.6)  # fmt: skip
+            ends.append((points[-1], f"n-gram {length}" if length else "heads only"))
+        if dynamic:
+            axes.scatter([c["mean_nodes"] for c in dynamic], [c["tokens_per_s"] for c in dynamic], s=9,
+                         color=svg.MEDUSA, alpha=0.7, linewidths=0, zorder=3, label="dynamic trees")  # fmt: skip
+            axes.legend(loc="lower right", frameon=False, fontsize=7.5)
+        right = max(c["mean_nodes"] for c in candidates)
         labels = _spread([e[0][1] for e in ends], 0.075 * 1.15 * best["tokens_per_s"])
-        for ((x, _), length), y in zip(ends, labels, strict=True):
-            text = f"n-gram {length}" if length else "heads only"
+        for ((x, _), text), y in zip(ends, labels, strict=True):
             axes.text(max(x, right) + 0.02 * right, y, text, fontsize=7.5, va="center", color=svg.MUTED)
-        here = [c["tokens_per_s"] for c in candidates if c["nodes"] == chosen_nodes and c["ngram"] == chosen_ngram]
+        here = [
+            c["tokens_per_s"] for c in candidates
+            if c["kind"] == chosen["kind"] and c["nodes"] == chosen["nodes"] and c["mean_nodes"] == chosen["mean_nodes"]
+        ]  # fmt: skip
         if here:
-            _mark(axes, chosen_nodes, here[0], f"chosen: {chosen_nodes} nodes")
-        axes.set(xlabel="Nodes of the tree, root included", ylabel="Predicted tokens/s",
+            _mark(axes, chosen["mean_nodes"], here[0], f"chosen: {chosen['kind']}, {chosen['mean_nodes']:.1f} nodes")
+        axes.set(xlabel="Nodes of a draft on average, root included", ylabel="Predicted tokens/s",
                  ylim=(0, 1.2 * best["tokens_per_s"]))  # fmt: skip
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         return svg.embed(
-            figure, "candidates", "Predicted tokens per second of each tree considered",
-            f"{len(candidates)} trees; the best has {best['nodes']} nodes, {best['ngram']} of them an n-gram branch, "
-            f"and {best['tokens_per_s']:.0f} tokens per second.",
+            figure, "candidates", "Predicted tokens per second of each drafter considered",
+            f"{len(static)} static and {len(dynamic)} dynamic trees; the best is {best['kind']}, verifies "
+            f"{best['mean_nodes']:.1f} nodes on average and gives {best['tokens_per_s']:.0f} tokens per second.",
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from gorgon.bench import figures
 from gorgon.bench.decoders import MEDUSA, PLAIN, TRANSFORMERS
-from gorgon.bench.tree_figure import draft_tree
+from gorgon.bench.tree_figure import static_tree, step_tree
 from gorgon.config import EMBEDDED
 
 DIFFERENCES_SHOWN = 20
@@ -113,9 +113,9 @@ def _figures(summary: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -
         "accepted": figures.accepted(summary["accepted_histogram"]),
         "heads": figures.head_accuracy(heads["accuracy"]),
         "learning": figures.learning(heads["evaluations"]),
-        "cost": figures.step_cost(tree["cost_curve"], tree["nodes"]),
-        "candidates": figures.candidate_rates(tree["candidates"], tree["nodes"], tree["ngram"]),
-        "tree": draft_tree(tree["paths"], tree["ngram"], tree["parents"], tree["observed"], tree["expected"]),
+        "cost": figures.step_cost(tree["cost_curve"], round(tree["mean_nodes"])),
+        "candidates": figures.candidate_rates(tree["candidates"], tree),
+        "tree": step_tree(tree["example"]) if tree["kind"] == "dynamic" else static_tree(tree),
     }
     return {name: Markup(text) for name, text in made.items()}  # noqa: S704  our own SVG, its texts escaped by svg.py
 

@@ -19,7 +19,7 @@ from gorgon.core.sampling import History, Randomness, Sampling, choose, probabil
 
 
 def ancestors(bits_BN: Tensor) -> Tensor:
-    """Boolean [B, N, N] from one int64 per node: bit j of node i is set when j is i itself or on its way to the root."""
+    """Boolean [B, N, N] from one int64 per node: bit j of node i is set when j is i or on its way to the root."""
     places_N = torch.arange(bits_BN.shape[1], device=bits_BN.device)
     return (bits_BN[:, :, None] >> places_N).bitwise_and(1).bool()
 
@@ -30,7 +30,7 @@ def accept(
     """The deepest node whose every token on the way is the backbone's choice at its parent, and the path to it.
 
     Source: arXiv:2401.10774, section 2.3.1 with temperature 0 when the choices are the argmax; with sampled choices the
-    draft is right exactly when plain sampling would have drawn it. Tensor operations alone, so a CUDA graph can hold it.
+    draft is right exactly when plain sampling would have drawn it. Tensor operations alone: a CUDA graph can hold it.
     Args:
         tokens_BN: int64, drafted tokens; a negative one matches nothing.
         choices_BN: int64, the backbone's choice after each node.

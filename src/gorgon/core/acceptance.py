@@ -3,15 +3,14 @@
 A head's probability is no acceptance rate: heads are over- or under-confident, and whether the context offers the same
 token tells more than either alone. So candidates are sorted into cells by head, by the head's probability and by what
 the context offers there, and each cell's rate is counted.
-Source: best-first trees from a drafter's own probabilities are OPT-Tree (arXiv:2406.17276) and DDTree (arXiv:2604.12989);
-calibrating them by counting, with the context's evidence as a second signal, is ours.
+Source: best-first trees from a drafter's own probabilities are OPT-Tree (arXiv:2406.17276) and DDTree
+(arXiv:2604.12989); calibrating them by counting, with the context's evidence as a second signal, is ours.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,8 @@ BORDERS = tuple(math.log(p) for p in (0.005, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5
 UNLISTED = 0
 """Bin of a token that is not among the head's choices; the others count from 1."""
 BINS = len(BORDERS) + 2
+Rates = list[list[list[float]]]
+"""Acceptance rate by head, bin and state."""
 PRIOR = 4.0
 """Weight, in observations, of the coarser cell's rate within a finer one."""
 
@@ -55,8 +56,8 @@ class AcceptanceCounts:
         self.seen[head][place][state] += 1
         self.right[head][place][state] += right
 
-    def rates(self) -> list[list[list[float]]]:
-        """Acceptance rate by (head, bin, state); a thin cell leans on its (head, bin), that on the head's bins alike."""
+    def rates(self) -> Rates:
+        """Acceptance rate by (head, bin, state); a thin cell leans on its kind in the (head, bin)."""
         table = []
         for right_BS, seen_BS in zip(self.right, self.seen, strict=True):
             rows = []
@@ -71,7 +72,7 @@ class AcceptanceCounts:
         return table
 
 
-def check_rates(table: Any) -> list[list[list[float]]]:
+def check_rates(table: Any) -> Rates:
     """A table of rates as a file holds it.
 
     Raises: ModelError when it has not the form of `AcceptanceCounts.rates`.
@@ -83,7 +84,7 @@ def check_rates(table: Any) -> list[list[list[float]]]:
     except TypeError:
         fine = False
     if not fine:
-        raise ModelError("the table of acceptance rates is malformed", field="acceptance", hint="run `gorgon tune` again")
+        raise ModelError(
+            "the table of acceptance rates is malformed", field="acceptance", hint="run `gorgon tune` again"
+        )
     return [[[float(rate) for rate in row] for row in rows] for rows in table]
-
-

@@ -137,7 +137,7 @@ def _read_heads(
 
 
 def count_acceptance(recordings: Sequence[Recording], heads: int) -> AcceptanceCounts:
-    """Counts every candidate that a dynamic tree could have had at a right node, by what heads and context said of it."""
+    """Counts every candidate that a dynamic tree could have had at a right node, by what heads and context said."""
     counts = AcceptanceCounts(heads, LONGEST_SUFFIX)
     for recording in recordings:
         context = NgramIndex(recording.prompt_ids)

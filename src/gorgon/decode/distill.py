@@ -16,7 +16,6 @@ from gorgon.data.examples import Example, read_examples, write_examples
 from gorgon.errors import DataError, Interrupted
 from gorgon.interrupts import requested
 from gorgon.models.backbone import Backbone, load_backbone, resolve_model
-from gorgon.models.linear import lay_out_linear_weights
 from gorgon.progress import bar
 
 SPLITS = ("train", "validation")
@@ -35,7 +34,7 @@ def distill(config: DistillConfig, out: Path, *, force: bool = False) -> StepRes
 
 def _body(config: DistillConfig, files: dict[str, Path], run: StepRun) -> None:
     backbone = load_backbone(config.model, dtype=config.dtype)
-    lay_out_linear_weights(backbone.model)
+    backbone.run_steps("eager")
     for split, limit in zip(SPLITS, (config.rows, config.validation_rows), strict=True):
         examples = read_examples(files[split])[:limit]
         with run.timed(split):

@@ -1,16 +1,16 @@
 """The dynamic tree: in every step the nodes most likely to be accepted, by the heads and the context together.
 
 A node's children are the choices of the head for its depth and the token that the context offers behind the node's own
-path, so a copied name goes on under any node that begins it, and a token that heads and context both propose is one node.
-Nodes are taken best first by the product of their acceptance rates (`core.acceptance`) until the tree is full or the best
-that is left is not worth its time.
+path. So a copied name goes on under any node that begins it, and a token that heads and context both propose is one
+node. Nodes are taken best first by the product of their acceptance rates (`core.acceptance`), until the tree is full or
+the best that is left is not worth its time.
 """
 
 from __future__ import annotations
 
 from heapq import heappop, heappush
 
-from gorgon.core.acceptance import UNLISTED, bin_of
+from gorgon.core.acceptance import UNLISTED, Rates, bin_of
 from gorgon.core.draft import Draft
 from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.step import HeadChoices
@@ -24,7 +24,7 @@ class DynamicDrafter:
 
     copies = True
 
-    def __init__(self, rates: list[list[list[float]]], *, nodes: int, threshold: float, width: int) -> None:
+    def __init__(self, rates: Rates, *, nodes: int, threshold: float, width: int) -> None:
         """Args:
         rates: acceptance rate by head, bin and state; the last row is for depths beyond the heads.
         threshold: least product of rates along a node's path, in (0, 1).
@@ -39,11 +39,10 @@ class DynamicDrafter:
         draft = Draft([root])
         if self.nodes == 1:
             return draft
-        tokens = [] if choices is None else choices.tokens
-        rates_by_depth = [
-            [(token, self.rates[head][bin_of(logprob)]) for token, logprob in zip(found, logprobs, strict=True)]
-            for head, (found, logprobs) in enumerate(zip(tokens, [] if choices is None else choices.logprobs, strict=True))
-        ]  # fmt: skip
+        rates_by_depth: list[list[tuple[int, list[float]]]] = []
+        if choices is not None:
+            for rates, found, logprobs in zip(self.rates, choices.tokens, choices.logprobs, strict=False):
+                rates_by_depth.append([(t, rates[bin_of(p)]) for t, p in zip(found, logprobs, strict=True)])
         # Heap entries: minus the path's rate, the parent, the token, the tokens before it.
         heap: list[tuple[float, int, int, tuple[int, ...]]] = []
         self._grow(heap, rates_by_depth, 0, 0, 1.0, context.tail(), context)

@@ -14,7 +14,6 @@ from gorgon.decode.drafts import Drafter, StaticDrafter
 from gorgon.decode.request import Generation, Request
 from gorgon.decode.slots import Slots
 from gorgon.decode.step import Stepper
-from gorgon.decode.text import cut_at_stop
 from gorgon.errors import ModelError
 from gorgon.models.backbone import Backbone
 
@@ -87,7 +86,7 @@ class Engine:
         return self.backbone.device.type == "cuda"
 
     def drafter(self, batch: int) -> Drafter:
-        """What to draft when this many sequences are decoded together: the entry of the next larger batch, or the last."""
+        """What to draft when this many sequences are decoded together: the next larger batch's entry, or the last."""
         sizes = sorted(self.drafters)
         return self.drafters[next((s for s in sizes if s >= batch), sizes[-1])]
 
@@ -174,11 +173,6 @@ class Engine:
             most = max(self.backbone.max_length, 1)
             slots = self.slots(1, min(-(-context // ROUNDING) * ROUNDING, most))
         return slots
-
-    def text_of(self, generation: Generation, stop: Sequence[str]) -> str:
-        """The answer's text without its end token, cut before a stop string."""
-        ids = generation.token_ids[: -1 if generation.finish == "end" else None]
-        return cut_at_stop(str(self.backbone.tokenizer.decode(ids, skip_special_tokens=True)), stop)
 
     def answer(self, prompt_ids: Sequence[int], *, max_new_tokens: int, stop: Sequence[str] = ()) -> Generation:
         """The greedy answer to one prompt."""

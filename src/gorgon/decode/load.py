@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from gorgon.artifacts import machine
 from gorgon.config import Dtype, StepMode
-from gorgon.decode.drafts import Drafter, StaticDrafter
+from gorgon.core.acceptance import check_rates
+from gorgon.decode.candidates import drafter_of
+from gorgon.decode.drafts import Drafter
 from gorgon.decode.engine import Engine
-from gorgon.models.backbone import load_backbone
-from gorgon.models.directory import base_model, load_heads, read_draft_vocabulary, read_tree
-from gorgon.models.linear import lay_out_linear_weights
+from gorgon.errors import ModelError
+from gorgon.models.backbone import Backbone, load_backbone
+from gorgon.models.directory import base_model, load_heads, read_tree_file
+from gorgon.progress import say
 
 
 def load_engine(
@@ -24,16 +29,53 @@ def load_engine(
 ) -> Engine:
     """Loads a model directory: backbone, heads, and its tuned drafters unless others are given.
 
+    Drafters tuned elsewhere are used, with a warning: outputs are the same, but another machine, device or dtype has
+    other step times, so another drafter may be faster.
     Args: steps: how steps are run; all but 'eager' spend seconds at the first steps to make later ones faster.
     Raises: ModelError for an incomplete directory, tensors that do not fit, or no tuned tree.
     """
     backbone = load_backbone(base_model(model), dtype=dtype)
     heads = load_heads(model, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
     heads = heads.to(device=backbone.device, dtype=backbone.dtype)
-    lay_out_linear_weights(backbone.model)
     backbone.run_steps(steps)
     if drafters is not None:
         return Engine(backbone, heads, drafters)
-    vocabulary = read_draft_vocabulary(model)
-    vocabulary_U = None if vocabulary is None else torch.tensor(vocabulary, device=backbone.device)
-    return Engine(backbone, heads, StaticDrafter(read_tree(model)), vocabulary_U)
+    document = read_tree_file(model)
+    _warn_elsewhere(document, backbone)
+    return Engine(backbone, heads, read_drafters(document), _vocabulary(document, backbone))
+
+
+def read_drafters(document: Mapping[str, Any]) -> dict[int, Drafter]:
+    """What to draft by batch size, from tree.json.
+
+    Raises: ModelError when an entry is malformed; ShapeError when its paths are no tree.
+    """
+    rates = check_rates(document["acceptance"]) if document.get("acceptance") else None
+    try:
+        return {int(entry["batch_size"]): drafter_of(entry, rates) for entry in document["trees"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"tree.json: an entry of 'trees' is malformed: {error}", field="trees",
+                         hint="run `gorgon tune` again") from error  # fmt: skip
+
+
+def _vocabulary(document: Mapping[str, Any], backbone: Backbone) -> torch.Tensor | None:
+    tokens = document.get("draft_vocabulary")
+    if tokens is None:
+        return None
+    if not (isinstance(tokens, list) and tokens and all(isinstance(t, int) for t in tokens)):
+        raise ModelError("tree.json: 'draft_vocabulary' must be a list of token ids", field="draft_vocabulary")
+    if not 0 <= min(tokens) <= max(tokens) < backbone.vocab_size:
+        raise ModelError("tree.json: a token of 'draft_vocabulary' is not in the vocabulary", field="draft_vocabulary",
+                         value=max(tokens), allowed=f"0 to {backbone.vocab_size - 1}")  # fmt: skip
+    return torch.tensor(tokens, device=backbone.device)
+
+
+def _warn_elsewhere(document: Mapping[str, Any], backbone: Backbone) -> None:
+    here: dict[str, Any] = {"dtype": str(backbone.dtype).removeprefix("torch.")}
+    if backbone.device.type == "cuda":
+        here["device"] = torch.cuda.get_device_name(backbone.device)
+    else:
+        here |= {"device": str(machine()["cpu"]), "threads": torch.get_num_threads()}
+    other = [f"{key} {document.get(key)}, here {value}" for key, value in here.items() if document.get(key) != value]
+    if other:
+        say(f"warning: the tree was tuned with {'; '.join(other)}: `gorgon tune` may find a faster one here")

@@ -19,7 +19,7 @@ from gorgon.core.sampling import History, Randomness, choose
 from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.request import Generation, Request
 from gorgon.decode.step import Decided, DraftBatch, HeadChoices
-from gorgon.decode.text import TextStream
+from gorgon.decode.text import TextStream, cut_at_stop
 from gorgon.errors import GorgonError, ModelError
 from gorgon.models.cache import TreeCache
 
@@ -41,11 +41,16 @@ class Running:
         self.choices: HeadChoices | None = None
         self.context = NgramIndex(request.prompt_ids) if engine.copies else None
         self.history = History(request.prompt_ids) if request.sampling.needs_history else None
-        self._engine = engine
+        self._tokenizer, self._end_ids = engine.backbone.tokenizer, engine.backbone.end_ids
         self._watch = TextStream(engine.backbone.tokenizer, request.stop) if request.stop else None
         self._start = time.perf_counter()
 
     error: GorgonError | None
+
+    def read_context(self) -> None:
+        """Begins to follow the context, for drafters that copy from it."""
+        if self.context is None:
+            self.context = NgramIndex([*self.request.prompt_ids, *self.generation.token_ids])
 
     @property
     def root(self) -> int:
@@ -79,12 +84,13 @@ class Running:
         if self.history is not None:
             self.history.extend(new)
         if generation.done:
-            generation.text = self._engine.text_of(generation, self.request.stop)
+            ids = generation.token_ids[: -1 if generation.finish == "end" else None]
+            generation.text = cut_at_stop(str(self._tokenizer.decode(ids, skip_special_tokens=True)), self.request.stop)
 
     def _append(self, token: int) -> bool:
         generation = self.generation
         generation.token_ids.append(token)
-        if token in self._engine.backbone.end_ids and not self.request.ignore_end:
+        if token in self._end_ids and not self.request.ignore_end:
             generation.finish = "end"
             return True
         if self._watch is not None and self._watch.push(token):
@@ -97,7 +103,8 @@ class Running:
 class Slots:
     """Room for `count` requests of at most `context` tokens each, prompt and answer together.
 
-    Invariant: a request's tokens do not depend on which others run beside it (float32; lower precisions round by shape).
+    Invariant: a request's tokens do not depend on which others run beside it (lower precisions than float32 round by
+    shape).
     """
 
     def __init__(self, engine: Engine, count: int, context: int) -> None:
@@ -127,6 +134,13 @@ class Slots:
         """The request whose prompt is being read."""
         return self._entering
 
+    def use(self, engine: Engine) -> None:
+        """From now on steps draft as this engine does; same weights, drafts no larger than the cache was made for."""
+        assert engine.backbone is self.engine.backbone and self.context + engine.most_nodes <= self._cache.capacity
+        for running in self.running if engine.copies else ():
+            running.read_context()
+        self.engine = engine
+
     def admit(self, request: Request, *, stream: int = 0) -> Running:
         """Gives a request a slot; its prompt is read by `read_prompt`. One prompt is read at a time.
 
@@ -141,7 +155,7 @@ class Slots:
         return self._entering
 
     def read_prompt(self, most: int | None = None) -> bool:
-        """Reads the next `most` tokens of the entering prompt; at its end the first token is decided and decoding begins.
+        """Reads the next `most` tokens of the entering prompt; at its end the first token is decided.
 
         Returns: whether the prompt is complete.
         """
@@ -160,7 +174,8 @@ class Slots:
         try:
             lengths_B = torch.tensor([len(prompt) - 1], device=self.engine.backbone.device)
             choices = self._choices([running], [root], hidden_11H)
-            decided = stepper.settle(self._entry, DraftBatch.of([root], hidden_11H.device), lengths_B, hidden_11H, choices)
+            tensors = DraftBatch.of([root], hidden_11H.device)
+            decided = stepper.settle(self._entry, tensors, lengths_B, hidden_11H, choices)
             self._take(running, decided[0], first=True)
         except GorgonError as error:
             running.error = error
@@ -171,7 +186,7 @@ class Slots:
         return True
 
     def step(self) -> list[Running]:
-        """One step for every decoding request; finished and failed ones leave their slots. Returns those that took part."""
+        """One step for every decoding request; finished and failed ones leave. Returns those that took part."""
         batch = list(self._decoding)
         if not batch:
             return []

@@ -1,8 +1,8 @@
-"""One step: verify a draft tree per sequence in one forward, accept, commit, and let the heads read the accepted state.
+"""One step: verify a draft tree per sequence in one forward, accept, commit, and let the heads read the new state.
 
-Source: Medusa, arXiv:2401.10774, section 2.1.2 (tree attention). The same code does plain decoding: its tree is the root
-alone. A step is two pure functions of tensors, `forward` and `settle`, between which sampling may choose the tokens. Both
-can be compiled; what a step decided comes back in one transfer, the step's only wait for the device.
+Source: Medusa, arXiv:2401.10774, section 2.1.2 (tree attention). The same code does plain decoding: its tree is the
+root alone. A step is two pure functions of tensors, `forward` and `settle`, between which sampling may choose the
+tokens. Both can be compiled. What a step decided comes back in one transfer, the step's only wait for the device.
 Shapes: B sequences, N nodes, P nodes of the longest path, K heads, R choices per head, H hidden size, V vocabulary.
 """
 
@@ -119,7 +119,10 @@ class Stepper:
     def prompt(self, cache: TreeCache, tokens: Sequence[int], start: int) -> Tensor:
         """Runs a part of a prompt, which begins at position `start`; returns its last hidden state [1, 1, H]."""
         tokens_1T = torch.tensor([list(tokens)], device=self.backbone.device)
-        return self._prompt(self.backbone, cache, tokens_1T, start)[:, -1:]
+        start_1 = torch.tensor([start], device=self.backbone.device)
+        if not cache.keys:  # a compiled function must find the buffers there, or it is compiled twice
+            _prompt(self.backbone, cache, tokens_1T[:, :1], start_1, start + 1)
+        return self._prompt(self.backbone, cache, tokens_1T, start_1, start + len(tokens))[:, -1:]
 
     def _decided(self, row: list[float], longest: int) -> Decided:
         node, depth = int(row[0]), int(row[1])
@@ -142,8 +145,8 @@ def _forward(backbone: Backbone, cache: TreeCache, flat_4BN: Tensor, lengths_B: 
     return backbone.forward_tree(cache, tokens_BN, depths_BN, bits_BN, lengths_B, visible)
 
 
-def _prompt(backbone: Backbone, cache: TreeCache, tokens_1T: Tensor, start: int) -> Tensor:
-    return backbone.forward_prompt(cache, tokens_1T, start)
+def _prompt(backbone: Backbone, cache: TreeCache, tokens_1T: Tensor, start_1: Tensor, visible: int) -> Tensor:
+    return backbone.forward_prompt(cache, tokens_1T, start_1, visible)
 
 
 def _settle(

@@ -21,6 +21,7 @@ from gorgon.errors import ModelError
 from gorgon.models.cache import TreeCache
 from gorgon.models.compiler import TensorFunction, pick_mode, step_function
 from gorgon.models.families import attention_of, refuse_mismatch, refuse_other_results, refuse_unsupported
+from gorgon.models.linear import lay_out_linear_weights
 from gorgon.models.masks import additive, prompt_visibility, tree_visibility
 
 EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
@@ -184,12 +185,11 @@ class Backbone:
         cache.place(slots_BN, visible)
         return self._run(cache, tokens_BN.clamp(min=0), positions_BN, self._mask(seen_BNS, positions_BN, keys_BS))
 
-    def forward_prompt(self, cache: TreeCache, tokens_1T: Tensor, start: int) -> Tensor:
-        """Hidden states [1, T, H] of a part of a prompt that begins at position `start`; rows go to the cache."""
-        end = start + tokens_1T.shape[1]
-        positions_1T = torch.arange(start, end, device=tokens_1T.device)[None]
-        cache.place(positions_1T, end)
-        seen_1TS, keys_1S = prompt_visibility(positions_1T, end)
+    def forward_prompt(self, cache: TreeCache, tokens_1T: Tensor, start_1: Tensor, visible: int) -> Tensor:
+        """Hidden states [1, T, H] of a part of a prompt that begins at position `start_1`; rows go to the cache."""
+        positions_1T = start_1[:, None] + torch.arange(tokens_1T.shape[1], device=tokens_1T.device)
+        cache.place(positions_1T, visible)
+        seen_1TS, keys_1S = prompt_visibility(positions_1T, visible)
         return self._run(cache, tokens_1T, positions_1T, self._mask(seen_1TS, positions_1T, keys_1S))
 
     def _run(self, cache: TreeCache, tokens_BN: Tensor, positions_BN: Tensor, mask: Any) -> Tensor:
@@ -219,7 +219,9 @@ class Backbone:
 
         Raises: MissingDependencyError when compiling is asked for and no compiler is there.
         """
-        self.steps, self._functions = pick_mode(mode), {}
+        self.steps, self._functions = pick_mode(mode, self.parameters, self.device), {}
+        if self.steps != "compiled":  # the compiler packs weights itself
+            lay_out_linear_weights(self.model)
 
     def step_function(self, function: TensorFunction) -> TensorFunction:
         """A function of a step as `run_steps` has it run; made once, so that engines on this backbone share it."""

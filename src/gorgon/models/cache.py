@@ -1,8 +1,8 @@
 """The key-value cache: preallocated once, written in place, and after each step only the accepted rows are kept.
 
 It speaks the protocol of transformers' `Cache`, so every model class takes it as `past_key_values`.
-Shapes: L layers, B sequences in a step, C sequences in the buffer, G key-value heads, M capacity in tokens, D head size,
-N new rows of a sequence in a step, P accepted rows, S rows that a step's attention reads.
+Shapes: L layers, B sequences in a step, C sequences in the buffer, G key-value heads, M capacity in tokens, D head
+size, N new rows of a sequence in a step, P accepted rows, S rows that a step's attention reads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from gorgon.errors import LimitError, ModelError
+from gorgon.errors import LimitError
 
 
 class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
@@ -93,7 +93,7 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         return self.num_layers
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Rows before the step; part of transformers' protocol. Positions and masks are always given, so any will do."""
+        """Rows before the step; part of transformers' protocol. Positions and masks are given, so any will do."""
         return 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:

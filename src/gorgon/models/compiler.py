@@ -6,7 +6,6 @@ step (docs/engine.md). `torch.compile` removes both; its code generator needs a 
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +17,12 @@ from gorgon.config import StepMode
 from gorgon.errors import MissingDependencyError
 
 TensorFunction = Callable[..., Tensor]
+LARGEST_COMPILED = 300_000_000
+"""Parameters up to which 'auto' compiles: compiled functions keep packed copies of the weights, and of a larger model's
+step the products are nearly all (docs/engine.md)."""
 RECOMPILES = 64
-"""Shapes that are special to the compiler (one sequence or several, one node or several) times trees that differ in what
-they read from the heads; torch's own limit of 8 would silently fall back to uncompiled steps."""
+"""Shapes that are special to the compiler (one sequence or several, one node or several) times drafters that differ in
+what they read from the heads; torch's own limit of 8 would silently fall back to uncompiled steps."""
 
 
 def has_cpp_compiler() -> bool:
@@ -32,13 +34,15 @@ def has_cpp_compiler() -> bool:
     return any(shutil.which(name) for name in (*names, "g++", "clang++"))
 
 
-def pick_mode(mode: StepMode) -> StepMode:
-    """'auto' compiles where a C++ compiler is installed, and records elsewhere.
+def pick_mode(mode: StepMode, parameters: int, device: torch.device) -> StepMode:
+    """'auto' compiles small models on a CPU with a C++ compiler, records on other CPUs, and is eager on a GPU.
 
     Raises: MissingDependencyError when compiling is asked for and no compiler is there.
     """
     if mode == "auto":
-        return "compiled" if has_cpp_compiler() else "recorded"
+        if device.type != "cpu":
+            return "eager"  # a CUDA graph replays a step without Python; no compiler is needed (decode/graphs.py)
+        return "compiled" if has_cpp_compiler() and parameters <= LARGEST_COMPILED else "recorded"
     if mode == "compiled" and not has_cpp_compiler():
         raise MissingDependencyError(
             "compiled steps need a C++ compiler and none is installed", field="steps", value=mode,
@@ -47,18 +51,16 @@ def pick_mode(mode: StepMode) -> StepMode:
     return mode
 
 
-@functools.lru_cache(maxsize=None)
-def _prepare() -> None:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
-
-
 def step_function(function: TensorFunction, mode: StepMode) -> TensorFunction:
     """The function, run in that mode; sizes of batch, tree and context may change from call to call."""
     if mode == "eager":
         return function
-    _prepare()
-    options: dict[str, Any] = {"dynamic": True}
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
     if mode == "recorded":
-        options["backend"] = "eager"
-    compiled: TensorFunction = torch.compile(function, **options)
+        recorded: TensorFunction = torch.compile(function, backend="eager", dynamic=True)
+        return recorded
+    # Freezing makes the weights constants, so that oneDNN packs them for products of few rows and the compiler joins
+    # projections of the same input. It keeps packed copies: see `LARGEST_COMPILED`.
+    options: dict[str, Any] = {"freezing": True, "cpp.enable_concat_linear": True}
+    compiled: TensorFunction = torch.compile(function, dynamic=True, options=options)
     return compiled

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from gorgon.artifacts import link_tree, write_json
 from gorgon.core.heads import MedusaHeads
-from gorgon.core.tree import DraftTree
 from gorgon.errors import ModelError
 
 HEADS_FILE = "medusa_lm_head.safetensors"
 BASE = "base-model"
 FORMAT = 1
+TREE_FORMAT = 2
+"""Of tree.json."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
@@ -143,10 +144,10 @@ def heads_summary(directory: str | Path) -> dict[str, tuple[int, ...]]:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
-def read_tree(directory: str | Path, *, batch_size: int = 1) -> DraftTree:
-    """The tuned tree for a batch size, from tree.json.
+def read_tree_file(directory: str | Path) -> dict[str, Any]:
+    """tree.json as `tune` wrote it: what to draft at which batch size, and what that rests on.
 
-    Raises: ModelError when there is none or it is malformed; ShapeError when it is not a tree.
+    Raises: ModelError when there is none, or it is not JSON, or of another format.
     """
     path = Path(directory) / "tree.json"
     if not path.is_file():
@@ -156,24 +157,11 @@ def read_tree(directory: str | Path, *, batch_size: int = 1) -> DraftTree:
         )  # fmt: skip
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        entry = next(t for t in document["trees"] if t["batch_size"] == batch_size)
-        return DraftTree.of(entry["paths"], ngram=int(entry["ngram"]))
-    except StopIteration:
-        raise ModelError(f"{path} has no tree for batch size {batch_size}", field="batch_size") from None
+        version = document["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is not a valid tree file: {error}", hint="run `gorgon tune` again") from error
-
-
-def read_draft_vocabulary(directory: str | Path) -> list[int] | None:
-    """The tokens that the heads draft, from tree.json; None when they draft from the whole vocabulary.
-
-    Raises: ModelError when the entry is not a list of token ids.
-    """
-    path = Path(directory) / "tree.json"
-    try:
-        tokens = json.loads(path.read_text(encoding="utf-8")).get("draft_vocabulary")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path} is not a valid tree file: {error}", hint="run `gorgon tune` again") from error
-    if tokens is not None and not (isinstance(tokens, list) and tokens and all(isinstance(t, int) for t in tokens)):
-        raise ModelError(f"{path}: 'draft_vocabulary' must be a list of token ids", field="draft_vocabulary")
-    return tokens
+    if version != TREE_FORMAT:
+        raise ModelError(f"{path} has another format", field="format", value=version, allowed=str(TREE_FORMAT),
+                         hint="run `gorgon tune` again")  # fmt: skip
+    loaded: dict[str, Any] = document
+    return loaded

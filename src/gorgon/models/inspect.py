@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from gorgon.errors import ModelError
 from gorgon.models.backbone import resolve_model
-from gorgon.models.directory import HEADS_FILE, base_model, heads_summary, read_model_config, read_tree
+from gorgon.models.directory import HEADS_FILE, base_model, heads_summary, read_model_config, read_tree_file
 
 
 def inspect_model(name: str) -> dict[str, Any]:
@@ -77,20 +77,15 @@ def _heads(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tree(directory: Path) -> dict[str, Any] | None:
-    document = _json(directory / "tree.json")
-    if document is None:
+    if not (directory / "tree.json").is_file():
         return None
-    tree = read_tree(directory)
-    entry = document["trees"][0]
+    document = read_tree_file(directory)
     return {
-        "nodes": tree.nodes,
-        "ngram": tree.ngram,
-        "paths": [list(p) for p in tree.paths],
-        "tokens_per_step": entry["tokens_per_step"],
-        "step_ms": entry["step_ms"],
-        "plain_step_ms": entry["plain_step_ms"],
+        "drafters": document["trees"],
         "tuned_on": document.get("device"),
         "dtype": document.get("dtype"),
+        "threads": document.get("threads"),
+        "steps": document.get("steps"),
     }
 
 

@@ -1,0 +1,129 @@
+"""The drafters that tuning chooses from: static trees of every size, and dynamic trees."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gorgon.config import TuneConfig
+from gorgon.core.acceptance import Rates
+from gorgon.core.rank_stats import best_tree, count_prefixes, replay
+from gorgon.core.tree import DraftTree
+from gorgon.decode.calibrate import Recording, replay_drafter
+from gorgon.decode.drafts import StaticDrafter
+from gorgon.decode.dynamic import DynamicDrafter
+from gorgon.decode.timing import step_ms
+
+THRESHOLDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+"""Least acceptance rates of a dynamic tree's nodes that are tried."""
+DYNAMIC_SIZES = (4, 6, 8, 12, 16, 24, 32, 48, 64)
+TextCounts = Counter[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A drafter with what replaying and timing say about it."""
+
+    drafter: StaticDrafter | DynamicDrafter
+    tokens_per_step: float
+    mean_nodes: float
+    step_ms: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Predicted decoding speed of one sequence, prefill excluded."""
+        return self.tokens_per_step / self.step_ms * 1000
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is plain decoding."""
+        return self.drafter.nodes == 1
+
+    def describe(self) -> dict[str, Any]:
+        """Kind and settings, as tree.json holds them and `drafter_of` reads them."""
+        drafter = self.drafter
+        if isinstance(drafter, DynamicDrafter):
+            return {"kind": "dynamic", "nodes": drafter.nodes, "threshold": drafter.threshold, "width": drafter.width}
+        tree = drafter.tree
+        return {"kind": "static", "nodes": tree.nodes, "ngram": tree.ngram, "paths": [list(p) for p in tree.paths]}
+
+    def as_json(self) -> dict[str, Any]:
+        """A row of tree.json's `candidates`: the settings without the paths, and the prediction."""
+        return {
+            **{key: value for key, value in self.describe().items() if key != "paths"},
+            "tokens_per_step": round(self.tokens_per_step, 4),
+            "mean_nodes": round(self.mean_nodes, 2),
+            "step_ms": round(self.step_ms, 4),
+            "tokens_per_s": round(self.tokens_per_s, 1),
+        }
+
+
+def static_candidates(
+    recordings: Sequence[Recording], curve: Mapping[int, float], config: TuneConfig
+) -> list[Candidate]:
+    """The best tree of every size with every length of the n-gram branch; the one-node tree is always among them."""
+    texts = [r.positions for r in recordings]
+    flat = [p for text in texts for p in text]
+    candidates = []
+    for ngram in sorted(set(config.ngram_lengths) | {0}):
+        counts = count_prefixes(flat, max_rank=config.max_rank, ngram=ngram)
+        for nodes in sorted({*curve, *(n + ngram for n in curve)}):
+            if not ngram < nodes <= max(curve):
+                continue
+            tree = best_tree(counts, nodes, ngram=ngram)
+            result = replay(texts, tree)
+            full, short = result.steps_with_ngram, result.steps_without
+            total = full * step_ms(curve, tree.nodes) + short * step_ms(curve, tree.nodes - ngram)
+            mean = (full * tree.nodes + short * (tree.nodes - ngram)) / result.steps
+            candidates.append(Candidate(StaticDrafter(tree), result.tokens_per_step, mean, total / result.steps))
+    return sorted(candidates, key=_fastest_first)
+
+
+def dynamic_candidates(
+    recordings: Sequence[Recording], curve: Mapping[int, float], rates: Rates, config: TuneConfig
+) -> list[Candidate]:
+    """Dynamic trees of several sizes and thresholds, replayed on every calibration text."""
+    drafters = [
+        DynamicDrafter(rates, nodes=nodes, threshold=threshold, width=config.width)
+        for nodes in DYNAMIC_SIZES
+        if nodes <= max(curve)
+        for threshold in THRESHOLDS
+        if threshold >= 0.5 / nodes  # a low threshold does not matter to a small tree
+    ]
+    return sorted((dynamic_candidate(recordings, curve, d) for d in drafters), key=_fastest_first)
+
+
+def dynamic_candidate(
+    recordings: Sequence[Recording], curve: Mapping[int, float], drafter: DynamicDrafter
+) -> Candidate:
+    """One dynamic tree: its drafting time is measured as it is replayed, and added to the step's."""
+    result = replay_drafter(recordings, drafter)
+    total = sum(count * step_ms(curve, n) for n, count in result.nodes.items()) + 1000 * result.draft_s
+    return Candidate(drafter, result.tokens_per_step, result.mean_nodes, total / result.steps)
+
+
+def heads_only(recordings: Sequence[Recording], counts: TextCounts, nodes: int) -> dict[str, Any]:
+    """Tokens per step of the best tree of this size without n-gram branch: the figure that no machine changes."""
+    tree = best_tree(counts, nodes)
+    result = replay([r.positions for r in recordings], tree)
+    return {"nodes": nodes, "paths": len(tree.paths), "tokens_per_step": round(result.tokens_per_step, 4)}
+
+
+def drafter_of(entry: Mapping[str, Any], rates: Rates | None) -> StaticDrafter | DynamicDrafter:
+    """The drafter that an entry of tree.json describes.
+
+    Raises: KeyError, TypeError or ValueError for an entry that is not one; ShapeError for paths that are no tree.
+    """
+    if entry["kind"] == "static":
+        return StaticDrafter(DraftTree.of(entry["paths"], ngram=int(entry["ngram"])))
+    if entry["kind"] != "dynamic" or rates is None:
+        raise ValueError(f"no drafter of kind {entry['kind']!r}, or no acceptance rates for it")
+    return DynamicDrafter(
+        rates, nodes=int(entry["nodes"]), threshold=float(entry["threshold"]), width=int(entry["width"])
+    )
+
+
+def _fastest_first(candidate: Candidate) -> tuple[float, int]:
+    return (-candidate.tokens_per_s, candidate.drafter.nodes)
