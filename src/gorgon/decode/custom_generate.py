@@ -144,7 +144,7 @@ def _read_criteria(criteria: Any, length: int) -> tuple[frozenset[int], int]:
             room = criterion.max_length - length
             limit = room if limit is None else min(limit, room)
         else:
-            raise _refuse(name, None, "EosTokenCriteria, MaxLengthCriteria")
+            raise _refuse(name, None, "eos_token_id, max_length, max_new_tokens")
     if limit is None:
         raise GorgonError("no limit was given", field="max_new_tokens", hint="generate(..., max_new_tokens=256)")
     return frozenset(ends), limit
@@ -156,7 +156,7 @@ def _read_processors(processors: Any, do_sample: bool, seed: int | None) -> Samp
     for processor in processors:
         name = type(processor).__name__
         if name not in _OPTIONS or getattr(processor, "prompt_ignore_length", None):
-            raise _refuse(name, None, ", ".join(_OPTIONS))
+            raise _refuse(name, None, ", ".join(_ORDER))
         attribute, option = _OPTIONS[name]
         if option in options:
             raise SamplingError("the same logits processor stands twice in the list", field=name)
