@@ -68,7 +68,10 @@ FAMILIES = {
     "starcoder2": ("starcoder2", {"sliding_window": WINDOW}),
     "stablelm": ("stablelm", {}),
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": CONTEXT}),
-    "gpt-oss": ("gpt_oss", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED, "num_local_experts": 4, **EXPERTS}),
+    "gpt-oss": (
+        "gpt_oss",
+        {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED, "num_local_experts": 4, **EXPERTS},
+    ),
     "mixtral": ("mixtral", {"num_local_experts": 4, **EXPERTS}),
     "qwen3-moe": ("qwen3_moe", {"head_dim": 8, "num_experts": 4, **EXPERTS}),
 }  # fmt: skip
