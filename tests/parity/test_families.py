@@ -1,4 +1,4 @@
-"""Token-exact against transformers' generate over model families, trees and batches, in fp32; and who is refused."""
+"""Token-exact against transformers' own generate in fp32 over model families, trees and batches; who is refused."""
 
 import shutil
 
