@@ -355,3 +355,12 @@ def test_the_commands(tmp_path, monkeypatch, capsys, model, backbone):
     assert code == 2 and "'tgi', 'vllm' or 'medusa'" in shown.err and not (tmp_path / "g").exists()
     code, shown = _command(monkeypatch, capsys, "import", tmp_path, "--backbone", backbone, "--out", tmp_path / "g")
     assert code == 2 and "no heads here" in shown.err and not (tmp_path / "g").exists()
+
+
+def test_gpt_neox_files_name_it_otherwise(tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    small = GPTNeoXConfig(vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = GPTNeoXForCausalLM(small)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(find_output_layer(tmp_path).read(), model.get_output_embeddings().weight)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from gorgon.errors import ModelError
 
+OTHER_NAMES = ("embed_out.weight",)
+"""Names in files that transformers renames while loading (GPT-NeoX)."""
+
 
 @dataclass(frozen=True)
 class OutputLayer:
@@ -71,4 +74,5 @@ def find_output_layer(directory: str | Path) -> OutputLayer:
     tied = getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False)
     wanted = [layer, table] if tied else [layer]
     names = [f"{name}.weight" for module in wanted for name, other in model.named_modules() if other is module]
+    names[1:1] = OTHER_NAMES  # an untied layer before the tied one
     return OutputLayer(Path(directory), vocab_size, hidden_size, tuple(names))
