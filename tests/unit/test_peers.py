@@ -98,10 +98,11 @@ def test_prompts_are_those_of_prepare(tmp_path, rows):
 
 
 def test_settings_are_shown_without_paths():
-    settings = {"kind": "vllm", "model": "/secret", "speculative": {"method": "medusa", "model": "/secret/heads",
-                                                                    "num_speculative_tokens": 3}}  # fmt: skip
-    assert peers.public(settings) == {"speculative": {"method": "medusa", "num_speculative_tokens": 3}}
-    assert record.settings_text(peers.public(settings)) == " (3)"
+    chain = {"method": "medusa", "model": "/secret/heads", "num_speculative_tokens": 3}
+    settings = {"kind": "vllm", "enforce_eager": False, "model": "/secret", "speculative": chain}
+    shown = peers.public(settings)
+    assert shown == {"speculative": {"method": "medusa", "num_speculative_tokens": 3}, "enforce_eager": False}
+    assert record.settings_text(shown) == " (3 tokens, compiled)"
 
 
 def test_the_table():
