@@ -85,13 +85,28 @@ def read_head_kind(directory: str | Path) -> str:
 
     Raises: ModelError when gorgon.json is not valid.
     """
+    return str(_read_own(directory).get("head_kind", "medusa"))
+
+
+def is_imported(directory: str | Path) -> bool:
+    """Whether `gorgon import` made the heads, so that nothing is known of their training.
+
+    Raises: ModelError when gorgon.json is not valid.
+    """
+    return "imported_from" in _read_own(directory)
+
+
+def _read_own(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "gorgon.json"
     if not path.is_file():
-        return "medusa"
+        return {}
     try:
-        return str(json.loads(path.read_text(encoding="utf-8")).get("head_kind", "medusa"))
-    except (ValueError, AttributeError) as error:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ModelError(f"{path} is not valid JSON", field="gorgon.json") from error
+    if not isinstance(loaded, dict):
+        raise ModelError(f"{path} is not a JSON object", field="gorgon.json")
+    return loaded
 
 
 def read_model_config(directory: str | Path) -> dict[str, Any]:
