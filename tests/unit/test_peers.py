@@ -66,6 +66,36 @@ def test_a_worker_that_ends_says_why(worker):
         worker.ask({"fail": True})
     with pytest.raises(pipe.WorkerError, match="echo ended early"):
         pipe.Worker("echo", [sys.executable, "-c", "raise SystemExit('missing package')"], {})
+    with pytest.raises(pipe.WorkerError, match="cannot be started: No such file"):
+        pipe.Worker("echo", ["/nowhere/python"], {})
+
+
+def test_reasons_name_no_directory_of_this_machine():
+    error = pipe.WorkerError("vllm ended early:\n  Traceback\n  OSError: cannot open /tmp/x9/vllm/config.json")
+    assert peers.reason(error) == "OSError: cannot open config.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--trials", "0"], "above 0"),
+        (["--prompts", "-1"], "above 0"),
+        (["--only", "plain,tgi"], "unknown contestant 'tgi'"),
+    ],
+)
+def test_options_that_make_no_sense(monkeypatch, capsys, arguments, word):
+    monkeypatch.setattr(sys, "argv", ["peers.py", "model", "--rows", "r", "--name", "n", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        peers.main()
+    assert stop.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["peers.py", str(tmp_path), "--rows", "r", "--name", "n"])
+    with pytest.raises(SystemExit) as stop:
+        peers.main()
+    assert stop.value.code == 2 and "config.json is missing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def _options(path, **changes):
