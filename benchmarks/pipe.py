@@ -87,7 +87,7 @@ class Worker:
 
     def _failure(self) -> WorkerError:
         self._log.seek(0)
-        tail = [line.rstrip() for line in self._log if line.strip()][-12:]
+        tail = [line.rstrip() for line in self._log if line.strip()][-12:] or ["it wrote nothing"]
         return WorkerError(f"{self.name} ended early:\n  " + "\n  ".join(tail))
 
     def _signal(self, number: signal.Signals) -> None:
