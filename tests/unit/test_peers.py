@@ -71,7 +71,7 @@ def test_a_worker_that_ends_says_why(worker):
 
 
 def test_reasons_name_no_directory_of_this_machine():
-    error = pipe.WorkerError("vllm ended early:\n  Traceback\n  OSError: cannot open /tmp/x9/vllm/config.json")
+    error = pipe.WorkerError("vllm ended early:\n  Traceback\n  OSError: cannot open /srv/x9/vllm/config.json")
     assert peers.reason(error) == "OSError: cannot open config.json"
 
 
