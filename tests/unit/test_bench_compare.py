@@ -242,6 +242,16 @@ def check_page(page):
     assert page.count("<svg") == page.count('role="img"') == page.count("<desc id=")
 
 
+def test_imported_heads_have_no_training_to_show(directories, tmp_path, monkeypatch):
+    answer_with(monkeypatch)
+    (directories[0] / "heads.json").unlink()
+    (directories[0] / "gorgon.json").write_text('{"format": 1, "head_kind": "medusa", "imported_from": "a/b"}')
+    compare(config(directories), tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["heads"] == {"top1": [], "accuracy": [], "evaluations": []}
+    assert "heads-heading" not in (tmp_path / "out" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "place", "step"),
     [("tree.json", 0, "tune"), ("heads.json", 0, "train-heads"), ("test.jsonl", 1, "prepare")],
