@@ -7,12 +7,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gorgon.config import STEPS, StepConfig, build, parse_value
+from gorgon.config import STEPS, ExportConfig, ImportConfig, StepConfig, build, parse_value
 from gorgon.errors import GorgonError
+
+if TYPE_CHECKING:
+    from gorgon.artifacts import StepResult
 
 app = typer.Typer(
     name="gorgon",
@@ -194,6 +197,54 @@ def generate(
         )
     if as_json:
         _print_json(answers)
+
+
+@app.command("export")
+def export_(
+    model: Annotated[str, typer.Argument(help="Directory that `train-heads` or `tune` wrote.")],
+    format_: Annotated[str, typer.Option("--format", help="tgi, vllm or medusa (FasterDecoding).")],
+    out: OutOption,
+    backbone_path: Annotated[
+        str | None, typer.Option(help="Where the server will find the backbone [tgi: /opt/ml/model/base-model].")
+    ] = None,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Writes heads and backbone as TGI, vLLM or FasterDecoding/Medusa read them, and says how to serve them."""
+    from gorgon.models.export import export_model
+
+    values = {"model": model, "format": format_, "backbone_path": backbone_path}
+    result = export_model(build(ExportConfig, values, step="export"), out, force=force)
+    _print_result(result, as_json)
+    if not as_json:
+        metrics = result.manifest["metrics"]
+        print(f"read by {metrics['read_by']}\n  {metrics['serve']}")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="Published heads: a directory, a file, or a hub id.")],
+    backbone: Annotated[str, typer.Option(help="Backbone they were trained for: a directory or a hub id.")],
+    out: OutOption,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Turns published heads (FasterDecoding, TGI, vLLM) and their backbone into a model directory for `tune`."""
+    from gorgon.models.imports import import_heads
+
+    values = {"source": source, "backbone": backbone}
+    _print_result(import_heads(build(ImportConfig, values, step="import"), out, force=force), as_json)
+
+
+def _print_result(result: StepResult, as_json: bool) -> None:
+    if as_json:
+        _print_json({"directory": str(result.directory), "reused": result.reused, **result.manifest})
+        return
+    from gorgon.progress import say
+
+    for warning in result.manifest["warnings"]:
+        say(f"note: {warning}")
+    print(result.directory)
 
 
 @app.command("inspect")

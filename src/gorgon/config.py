@@ -161,6 +161,21 @@ class CompareConfig(StepConfig):
     seed: int = Field(42, description="Seed of the prompt choice.")
 
 
+class ExportConfig(StepConfig):
+    """A model directory in the layout of another program."""
+
+    model: str = Field(description="Directory that `train-heads` or `tune` wrote.")
+    format: Literal["tgi", "vllm", "medusa"] = Field(description="Whose layout.")
+    backbone_path: str | None = Field(None, description="Where the server will find the backbone.")
+
+
+class ImportConfig(StepConfig):
+    """Published heads as a model directory."""
+
+    source: str = Field(description="Directory, file or hub id of the heads.")
+    backbone: str = Field(description="Directory or hub id of the backbone they were trained for.")
+
+
 STEPS: dict[str, type[StepConfig]] = {
     "prepare": PrepareConfig,
     "finetune": FinetuneConfig,

@@ -48,7 +48,9 @@ class StaticDrafter:
     def draft(self, root: int, choices: HeadChoices | None, context: NgramIndex | None) -> Draft:
         """The heads' tokens by rank, then what the context offers, as far as it goes."""
         tokens = [root]
-        if choices is not None:
+        if self._places:
+            if choices is None:  # the step before read no heads, as after a change of drafters
+                return Draft(tokens)
             table = choices.tokens
             tokens += [table[head][rank] for head, rank in self._places]
         copied = [] if context is None else context.propose(self.tree.ngram)
