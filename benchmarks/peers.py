@@ -45,7 +45,8 @@ HERE = Path(__file__).resolve().parent
 OUR_BEST = "tuned"
 LABELS = {
     "plain": "Gorgon, plain", "chain": "Gorgon, chain of heads", "tree": "Gorgon, tree of heads",
-    "ngram": "Gorgon, static tree and n-gram", "tuned": "Gorgon, as tuned (dynamic)", "transformers": "transformers `generate`",
+    "ngram": "Gorgon, static tree and n-gram", "tuned": "Gorgon, as tuned (dynamic)",
+    "transformers": "transformers `generate`",
     "transformers-lookup": "transformers, prompt lookup", "transformers-static": "transformers, static cache, compiled",
     "vllm": "vLLM 0.32, plain", "vllm-medusa": "vLLM 0.32, Medusa chain", "vllm-ngram": "vLLM 0.32, n-gram",
 }  # fmt: skip

@@ -105,9 +105,10 @@ def test_sampling_follows_the_options_and_the_seed(model, door, inputs):
     assert drawn(1) == drawn(1) != drawn(2)
     several = drawn(1, num_return_sequences=3)
     assert len(several) == 3 and len({tuple(row) for row in several}) > 1
-    assert drawn(5, top_k=1, top_p=1.0, min_p=None, repetition_penalty=1.0) == model.generate(
-        **given, max_new_tokens=24, do_sample=False
-    ).tolist()
+    assert (
+        drawn(5, top_k=1, top_p=1.0, min_p=None, repetition_penalty=1.0)
+        == model.generate(**given, max_new_tokens=24, do_sample=False).tolist()
+    )
 
 
 def test_a_model_of_another_class_needs_its_own_heads(door, inputs):

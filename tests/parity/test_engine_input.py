@@ -59,7 +59,7 @@ REQUESTS = {
     "a negative token": (Request([3, -1], 5), GorgonError, "vocabulary"),
     "a prompt that fills the context": (Request([3] * CONTEXT, 5), LimitError, "does not fit"),
     "a prompt that is longer": (Request([3] * 1000, 5), LimitError, "does not fit"),
-    "a bias beyond the vocabulary": (Request([3], 5, sampling=Sampling(logit_bias={VOCAB: 1})), SamplingError, "biased"),
+    "a bias beyond V": (Request([3], 5, sampling=Sampling(logit_bias={VOCAB: 1})), SamplingError, "biased"),
 }  # fmt: skip
 every_request = pytest.mark.parametrize(("request_", "error", "words"), REQUESTS.values(), ids=REQUESTS)
 

@@ -40,9 +40,7 @@ def load_engine(
     return engine
 
 
-def engine_on(
-    backbone: Backbone, model: str | Path, drafters: Drafter | Mapping[int, Drafter] | None = None
-) -> Engine:
+def engine_on(backbone: Backbone, model: str | Path, drafters: Drafter | Mapping[int, Drafter] | None = None) -> Engine:
     """The engine of a model directory on a backbone that is loaded already.
 
     Raises: as `load_engine`.
