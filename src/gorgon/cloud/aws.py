@@ -23,7 +23,7 @@ HINTS: tuple[tuple[str, str], ...] = (
      "`gorgon jobs attach NAME` shows it again"),
     (r"InvalidClientTokenId|UnrecognizedClient|SignatureDoesNotMatch|InvalidAccessKeyId",
      "these credentials are not known to AWS: check the profile and its keys"),
-    (r"iam:PassRole", "the caller may not hand this role to SageMaker: `gorgon iam-policy RECIPE` prints what is needed"),
+    (r"iam:PassRole", "the caller may not hand this role to SageMaker: see `gorgon iam-policy RECIPE`"),
     (r"ResourceLimitExceeded|service limit|quota", "ask for more under Service Quotas, Amazon SageMaker; training, "
      "spot training, endpoint and warm pool usage are separate quotas of the same machine; `gorgon doctor` names them"),
     (r"InsufficientInstanceCapacity|CapacityError|Insufficient capacity|InsufficientCapacity",

@@ -14,7 +14,7 @@ from typing import Any
 from gorgon.cloud.aws import Aws, AwsError, aws_errors, hint_for
 from gorgon.cloud.config import SageMakerConfig
 from gorgon.cloud.endpoint import EndpointSpec, artifact_files, create_calls, scalable_target
-from gorgon.cloud.jobs import POLL_SECONDS, quota_error
+from gorgon.cloud.jobs import poll_seconds, quota_error
 from gorgon.cloud.logs import ENDPOINTS, LogTail
 from gorgon.cloud.plan import Place
 from gorgon.cloud.pricing import Cost, price_of
@@ -100,7 +100,7 @@ def _wait(aws: Aws, name: str) -> None:
             raise CloudError(
                 f"the endpoint '{name}' did not come up: {reason}", field="endpoint", value=name, hint=hint_for(text)
             )
-        time.sleep(POLL_SECONDS)
+        time.sleep(poll_seconds())
 
 
 def log_lines(aws: Aws, name: str) -> list[str]:
@@ -141,11 +141,9 @@ def delete(aws: Aws, name: str, *, missing_ok: bool = False) -> list[str]:
             "there is no such endpoint", field="endpoint", value=name, hint="`gorgon endpoints list` shows them"
         )
     with aws_errors("endpoint_deleted"):
-        delay = max(1, round(POLL_SECONDS))
         if found:
-            aws.client("sagemaker").get_waiter("endpoint_deleted").wait(
-                EndpointName=name, WaiterConfig={"Delay": delay, "MaxAttempts": 120}
-            )
+            waiter = {"Delay": round(poll_seconds()), "MaxAttempts": 240}
+            aws.client("sagemaker").get_waiter("endpoint_deleted").wait(EndpointName=name, WaiterConfig=waiter)
     return left
 
 

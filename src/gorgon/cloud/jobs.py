@@ -14,9 +14,12 @@ from gorgon.cloud.logs import TRAINING, LogTail
 from gorgon.errors import CloudError
 from gorgon.progress import say
 
-POLL_SECONDS = float(os.environ.get("GORGON_POLL_SECONDS", "5"))
-"""Time between two looks at a job or an endpoint."""
 ENDED = ("Completed", "Failed", "Stopped")
+
+
+def poll_seconds() -> float:
+    """Time between two looks at a job or an endpoint."""
+    return float(os.environ.get("GORGON_POLL_SECONDS", "5"))
 
 
 def follow(aws: Aws, name: str, *, show: Callable[[str], None] = say) -> dict[str, Any]:
@@ -41,7 +44,7 @@ def follow(aws: Aws, name: str, *, show: Callable[[str], None] = say) -> dict[st
                 for line in tail.new():
                     show(f"  {line}")
                 return _ended(job, name, show)
-            time.sleep(POLL_SECONDS)
+            time.sleep(poll_seconds())
     except KeyboardInterrupt:
         ask_to_stop(aws, name)
         raise
