@@ -109,7 +109,11 @@ def stream_frames(answer):
 def frame(payload):
     """One PayloadPart event: lengths, checksums and headers as the format has them."""
     headers = b""
-    for key, value in ((":event-type", "PayloadPart"), (":content-type", "application/octet-stream"), (":message-type", "event")):
+    for key, value in (
+        (":event-type", "PayloadPart"),
+        (":content-type", "application/octet-stream"),
+        (":message-type", "event"),
+    ):
         headers += struct.pack("!B", len(key)) + key.encode() + struct.pack("!BH", 7, len(value)) + value.encode()
     prelude = struct.pack("!II", len(headers) + len(payload) + 16, len(headers))
     message = prelude + struct.pack("!I", zlib.crc32(prelude)) + headers + payload

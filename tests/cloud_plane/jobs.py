@@ -18,11 +18,21 @@ class Job(threading.Thread):
         super().__init__(daemon=True)
         self.plane, self.request, self.name = plane, request, request["TrainingJobName"]
         self.root = Path(plane.root) / "jobs" / self.name
-        self.status, self.secondary, self.reason = "InProgress", "Starting", None
+        self.status, self.reason, self.transitions = "InProgress", None, []
+        self.secondary = "Starting"
         self.created, self.begun, self.ended, self.attempts = time.time(), None, None, 0
         self.container, self._stopping, self._interrupted = None, False, False
 
     # what the service shows
+
+    @property
+    def secondary(self):
+        return self.transitions[-1]["Status"]
+
+    @secondary.setter
+    def secondary(self, status):
+        if not self.transitions or self.secondary != status:
+            self.transitions.append({"Status": status, "StartTime": time.time(), "StatusMessage": status})
 
     def describe(self):
         given = {k: v for k, v in self.request.items() if k not in ("Tags",)}
@@ -32,6 +42,7 @@ class Job(threading.Thread):
         artifacts = f"{self.request['OutputDataConfig']['S3OutputPath']}/{self.name}/output/model"
         return {
             **given, **self.summary(), "SecondaryStatus": self.secondary, **times, **reason,
+            "SecondaryStatusTransitions": self.transitions,
             "ModelArtifacts": {"S3ModelArtifacts": artifacts},
         }  # fmt: skip
 
@@ -92,7 +103,7 @@ class Job(threading.Thread):
         for name, uri in channels.items():
             if not self.plane.store.copy_out(uri, layout.channels / name):
                 self.reason = (
-                    f"ClientError: Data download failed:No S3 objects found under S3 URL \"{uri}\" given in input data "
+                    f'ClientError: Data download failed:No S3 objects found under S3 URL "{uri}" given in input data '
                     "source. Please ensure that the bucket exists in the selected region."
                 )
                 return None

@@ -140,7 +140,11 @@ class Plane:
         return {"EndpointArn": arn}
 
     def do_DescribeModel(self, request):
-        return {**self._get(self.models, request["ModelName"], "model"), "CreationTime": time.time(), "ModelArn": "a" * 20}
+        return {
+            **self._get(self.models, request["ModelName"], "model"),
+            "CreationTime": time.time(),
+            "ModelArn": "a" * 20,
+        }
 
     def do_DescribeEndpointConfig(self, request):
         found = self._get(self.configs, request["EndpointConfigName"], "endpoint configuration")

@@ -91,5 +91,3 @@ class Container:
 
     def wait(self, timeout=None):
         return self.process.wait(timeout)
-
-

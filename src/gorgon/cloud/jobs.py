@@ -28,16 +28,14 @@ def follow(aws: Aws, name: str, *, show: Callable[[str], None] = say) -> dict[st
     Raises: CloudError with the job's own reason when it failed or was stopped. Ctrl-C leaves it running, unless the
         user says otherwise.
     """
-    tail, state = LogTail(aws, TRAINING, f"{name}/"), ""
+    tail, told = LogTail(aws, TRAINING, f"{name}/"), 0
     try:
         while True:
             job = aws.call("sagemaker", "describe_training_job", TrainingJobName=name)
-            if job.get("SecondaryStatus") != state:
-                state = job.get("SecondaryStatus", "")
-                if state in ("Interrupted", "Restarting"):
-                    show(f"{name}: {state}: the spot machine was taken away; the job goes on from its checkpoint")
-                else:
-                    show(f"{name}: {state}")
+            changes = job.get("SecondaryStatusTransitions", [])  # the whole history: none is missed between two looks
+            for change in changes[told:]:
+                show(f"{name}: {change['Status']}{_meaning(change['Status'])}")
+            told = len(changes)
             for line in tail.new():
                 show(f"  {line}")
             if job["TrainingJobStatus"] in ENDED:
@@ -48,6 +46,12 @@ def follow(aws: Aws, name: str, *, show: Callable[[str], None] = say) -> dict[st
     except KeyboardInterrupt:
         ask_to_stop(aws, name)
         raise
+
+
+def _meaning(status: str) -> str:
+    if status in ("Interrupted", "Restarting"):
+        return ": the spot machine was taken away; the job goes on from its checkpoint"
+    return ""
 
 
 def _ended(job: dict[str, Any], name: str, show: Callable[[str], None]) -> dict[str, Any]:
