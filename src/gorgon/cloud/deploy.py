@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from gorgon.cloud.aws import Aws, AwsError, aws_errors, hint_for
@@ -24,6 +28,8 @@ from gorgon.errors import CloudError
 from gorgon.progress import say
 
 LOG_LINES = 30
+DELETE_SECONDS = 900
+"""Longest wait for an endpoint to be gone."""
 DELETE_AT = "gorgon:delete-at"
 
 
@@ -140,11 +146,21 @@ def delete(aws: Aws, name: str, *, missing_ok: bool = False) -> list[str]:
         raise CloudError(
             "there is no such endpoint", field="endpoint", value=name, hint="`gorgon endpoints list` shows them"
         )
-    with aws_errors("endpoint_deleted"):
-        if found:
-            waiter = {"Delay": round(poll_seconds()), "MaxAttempts": 240}
-            aws.client("sagemaker").get_waiter("endpoint_deleted").wait(EndpointName=name, WaiterConfig=waiter)
+    if found and not _gone(aws, name):
+        left.append("endpoint (still being deleted)")
     return left
+
+
+def _gone(aws: Aws, name: str) -> bool:
+    """Waits until there is no such endpoint; False when it takes too long or nobody may look."""
+    end = time.monotonic() + DELETE_SECONDS
+    while time.monotonic() < end:
+        try:
+            aws.call("sagemaker", "describe_endpoint", EndpointName=name)
+        except AwsError as error:
+            return error.code == "ValidationException"
+        time.sleep(poll_seconds())
+    return False
 
 
 def list_endpoints(aws: Aws) -> list[dict[str, Any]]:
@@ -210,6 +226,23 @@ class _model_errors:  # noqa: N801 - used as a function
             status = response.get("OriginalStatusCode", "")
             raise CloudError(f"the endpoint answered {status}: {message}", field="endpoint") from error
         return bool(self._inner.__exit__(kind, error, trace))
+
+
+@contextmanager
+def ends_on_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM is a Ctrl-C, so that what was created is deleted before the process goes."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # Python's rule for signal handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def keep_until_deleted(aws: Aws, name: str, minutes: int, *, sleep: Callable[[float], None] = time.sleep) -> None:

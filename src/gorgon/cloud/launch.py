@@ -12,7 +12,7 @@ from typing import Any
 
 from gorgon.cloud.aws import Aws, AwsError, offline_place, resolve_place
 from gorgon.cloud.config import EndpointConfig, SageMakerConfig
-from gorgon.cloud.deploy import deploy, endpoint_cost, keep_until_deleted, upload_artifact
+from gorgon.cloud.deploy import deploy, endpoint_cost, ends_on_sigterm, keep_until_deleted, upload_artifact
 from gorgon.cloud.endpoint import EndpointSpec, create_calls, delete_calls, endpoint_spec
 from gorgon.cloud.plan import Place, resource_name
 from gorgon.cloud.pricing import guard
@@ -97,10 +97,11 @@ class Launch:
             upload_artifact(aws, spec.artifact)
         elif spec.artifact:
             self._upload_heads(aws, spec.artifact)
-        deploy(aws, spec, self.cloud, place, run=RUN)
-        minutes = self.settings.delete_after_minutes
-        if keep and minutes is not None:
-            keep_until_deleted(aws, name, minutes)
+        with ends_on_sigterm():
+            deploy(aws, spec, self.cloud, place, run=RUN)
+            minutes = self.settings.delete_after_minutes
+            if keep and minutes is not None:
+                keep_until_deleted(aws, name, minutes)
         return name
 
     def _address(self, aws: Aws, place: Place, *, upload: bool) -> str:
