@@ -42,6 +42,7 @@ class Recipe:
     description: str
     steps: dict[str, StepConfig]
     sagemaker: SageMakerConfig = field(default_factory=SageMakerConfig)
+    model: str = EMBEDDED
 
 
 def find_recipe(name: str) -> Path:
@@ -109,7 +110,9 @@ def load_recipe(path: Path, assignments: Sequence[str], out: Path) -> Recipe:
         problems.append(f"{path} has no steps; give at least one of: {', '.join(STEPS)}")
     if problems:
         raise ConfigError(problems, hint="`gorgon STEP --help` lists a step's settings with their defaults")
-    return Recipe(str(document.get("name", path.stem)), str(document.get("description", "")).strip(), steps, cloud)
+    return Recipe(
+        str(document.get("name", path.stem)), str(document.get("description", "")).strip(), steps, cloud, model
+    )
 
 
 def _assign(section: dict[str, Any], name: str, value: Any) -> None:
@@ -173,11 +176,14 @@ def run_elsewhere(recipe: Recipe, out: Path, *, on: str, recipe_file: Path, dry_
         if dry_run:
             return {"name": recipe.name, "jobs": [{"argv": j.argv(out / j.step), **asdict(j)} for j in jobs]}
         return {step: str(path) for step, path in run_chain(jobs, out).items()}
-    from gorgon.cloud.submit import CloudRun, run_jobs
+    from gorgon.cloud.submit import CloudRun, after_jobs, run_jobs
     from gorgon.cloud.submit import dry_run as show_calls
 
-    cloud_run = CloudRun(recipe.name, recipe.steps, recipe.sagemaker, out, recipe_file)
-    return show_calls(cloud_run) if dry_run else dict(run_jobs(cloud_run))
+    cloud_run = CloudRun(recipe.name, recipe.steps, recipe.sagemaker, out, recipe_file, recipe.model)
+    if dry_run:
+        return show_calls(cloud_run)
+    results = run_jobs(cloud_run)
+    return {**results, **after_jobs(cloud_run, results)}
 
 
 def run_one(config: StepConfig, out: Path, *, force: bool = False) -> StepResult:

@@ -31,7 +31,8 @@ class Endpoint(threading.Thread):
 
         reason = {"FailureReason": self.reason} if self.reason else {}
         return {
-            "EndpointName": self.name, "EndpointArn": f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:endpoint/{self.name.lower()}",
+            "EndpointName": self.name,
+            "EndpointArn": f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:endpoint/{self.name.lower()}",
             "EndpointConfigName": self.config_name, "EndpointStatus": self.status, "CreationTime": self.created,
             "LastModifiedTime": self.created, **reason,
         }  # fmt: skip
@@ -67,8 +68,8 @@ class Endpoint(threading.Thread):
             if self.container.process.poll() is not None or time.monotonic() > until or self.closed:
                 self._log()
                 self._failed(
-                    "The primary container for production variant main did not pass the ping health check. Please check "
-                    "CloudWatch logs for this endpoint."
+                    "The primary container for production variant main did not pass the ping health check. Please "
+                    "check CloudWatch logs for this endpoint."
                 )
                 return
             time.sleep(0.1)

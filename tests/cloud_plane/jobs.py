@@ -89,7 +89,7 @@ class Job(threading.Thread):
                 self._interrupted, self.secondary = False, "Restarting"
                 time.sleep(0.3)
             self._finish(code)
-        except Exception as error:  # a fault of ours must not look like a job that never ends
+        except Exception as error:  # noqa: BLE001 - a fault of ours must not look like a job that never ends
             self._end("Failed", "Failed", f"InternalServerError: {error!r}")
 
     def _attempt(self):

@@ -21,7 +21,7 @@ BUCKET = f"sagemaker-{REGION}-{ACCOUNT}"
 SECRET = "AWS4-HMAC-SHA256"
 
 
-class Fault(Exception):
+class Fault(Exception):  # noqa: N818 - an answer, not an error of ours
     """An error answer: AWS's name for it, and its words."""
 
     def __init__(self, code, message, status=400, **more):

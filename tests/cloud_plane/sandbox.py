@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import sysconfig
 import venv
 from pathlib import Path

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.cloud_plane.fixtures import image, plane  # noqa: F401 - fixtures of the tests against SageMaker's stand-in
+
 SMALL = (
     "prepare.rows=400", "finetune.max_steps=12", "finetune.eval_steps=12", "finetune.eval_rows=16", "distill.rows=250",
     "train-heads.heads=3", "train-heads.epochs=8", "train-heads.evaluations=2", "tune.prompts=12", "tune.max_nodes=16",

@@ -10,7 +10,7 @@ import pytest
 from gorgon.cloud.config import EndpointConfig, SageMakerConfig
 from gorgon.cloud.launch import Launch
 from gorgon.errors import BudgetError, CloudError
-from tests.cloud_plane.fixtures import TINY, cli, image, plane, settings, until  # noqa: F401
+from tests.cloud_plane.fixtures import TINY, cli, settings, until
 from tests.cloud_plane.plane import BUCKET, Fault
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.xdist_group("cloud")]
@@ -29,11 +29,11 @@ def run(*given):
     return cli("run", "quickstart", *settings(*TINY, *only, *given), "--on", "sagemaker", "--out", "run")
 
 
-def started(plane):  # noqa: F811
+def started(plane):
     return [name for name, _ in plane.requests if name.startswith("Create")]
 
 
-def refused(plane, done, *words):  # noqa: F811
+def refused(plane, done, *words):
     assert done.error is not None and done.error.exit_code == 2, done.err
     text = f"{done.error} {done.error.hint}"
     for word in words:
@@ -41,27 +41,27 @@ def refused(plane, done, *words):  # noqa: F811
     assert not any(plane.left().values())
 
 
-def test_no_credentials(plane, here, monkeypatch):  # noqa: F811
+def test_no_credentials(plane, here, monkeypatch):
     for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(key)
     refused(plane, run(), "no AWS credentials", "aws configure")
 
 
-def test_no_region_and_a_wrong_one(plane, here, monkeypatch):  # noqa: F811
+def test_no_region_and_a_wrong_one(plane, here, monkeypatch):
     monkeypatch.delenv("AWS_DEFAULT_REGION")
     refused(plane, run(), "no AWS region", "AWS_DEFAULT_REGION")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     refused(plane, run("sagemaker.region=us-esat-1"), "not in this region", "us-esat-1")
 
 
-def test_no_role_and_one_that_cannot_be_assumed(plane, here, monkeypatch):  # noqa: F811
+def test_no_role_and_one_that_cannot_be_assumed(plane, here, monkeypatch):
     plane.store.put(f"{DATA}/train.jsonl", "{}")
     refused(plane, run("sagemaker.role=arn:aws:iam::123456789012:role/other"), "Could not assume role", "iam-policy")
     monkeypatch.delenv("GORGON_SAGEMAKER_ROLE")
     refused(plane, run(), "no execution role", "iam-policy")
 
 
-def test_an_empty_and_a_partly_uploaded_prefix(plane, here):  # noqa: F811
+def test_an_empty_and_a_partly_uploaded_prefix(plane, here):
     refused(plane, run(), "this S3 prefix is empty", DATA)
     plane.store.put(f"{DATA}/manifest.json", json.dumps({"outputs": {"train.jsonl": "0", "validation.jsonl": "0"}}))
     plane.store.put(f"{DATA}/train.jsonl", "{}")
@@ -69,7 +69,7 @@ def test_an_empty_and_a_partly_uploaded_prefix(plane, here):  # noqa: F811
     assert started(plane) == []
 
 
-def test_no_quota_is_named_with_its_code(plane, here):  # noqa: F811
+def test_no_quota_is_named_with_its_code(plane, here):
     plane.store.put(f"{DATA}/train.jsonl", "{}")
     name = "ml.m5.xlarge for training job usage"
     plane.quotas = {name: ("L-CCE2AFA6", 0.0)}
@@ -80,13 +80,13 @@ def test_no_quota_is_named_with_its_code(plane, here):  # noqa: F811
     refused(plane, run(), name, "--quota-code L-CCE2AFA6", "separate quotas")
 
 
-def test_denied_access_names_the_policy(plane, here):  # noqa: F811
+def test_denied_access_names_the_policy(plane, here):
     plane.store.put(f"{DATA}/train.jsonl", "{}")
     plane.fail["CreateTrainingJob"] = Fault("AccessDeniedException", "User is not authorized to perform: iam:PassRole")
     refused(plane, run(), "iam:PassRole", "gorgon iam-policy")
 
 
-def test_a_token_that_expires_while_a_job_runs(plane, here):  # noqa: F811
+def test_a_token_that_expires_while_a_job_runs(plane, here):
     plane.store.put(f"{DATA}/train.jsonl", "{}")
     original = plane.do_CreateTrainingJob
 
@@ -101,7 +101,7 @@ def test_a_token_that_expires_while_a_job_runs(plane, here):  # noqa: F811
     plane.fail.clear()
     (entry,) = json.loads((here / "run" / "sagemaker.json").read_text())["jobs"].values()
     assert entry["name"] in plane.jobs, "the job is remembered, so that it is not forgotten on the bill"
-    until(lambda: plane.jobs[entry["name"]].ended)
+    plane.jobs[entry["name"]].close()
 
 
 def test_no_capacity_and_other_reasons_get_their_hints():
@@ -119,7 +119,7 @@ def test_no_capacity_and_other_reasons_get_their_hints():
     assert hint_for("something new") is None
 
 
-def test_the_budget_stands_before_everything(plane, here):  # noqa: F811
+def test_the_budget_stands_before_everything(plane, here):
     plane.store.put(f"{DATA}/train.jsonl", "{}")
     done = run("sagemaker.budget_usd=5")
     refused(plane, done, "what this may cost is not known", "price_per_hour for ml.m5.xlarge")
@@ -134,18 +134,18 @@ def test_the_budget_stands_before_everything(plane, here):  # noqa: F811
 # endpoints
 
 
-def model(plane):  # noqa: F811
+def model(plane):
     uri = f"s3://{BUCKET}/model"
     plane.store.put(f"{uri}/config.json", json.dumps({"medusa_num_heads": 3}))
     return uri
 
 
-def launch(plane, **given):  # noqa: F811
+def launch(plane, **given):
     endpoint = EndpointConfig(instance_type="ml.m5.xlarge", **given)
     return Launch(model(plane), SageMakerConfig(endpoint=endpoint), name="sql")
 
 
-def test_a_container_that_dies_shows_its_log_and_leaves_nothing(plane, here, capsys):  # noqa: F811
+def test_a_container_that_dies_shows_its_log_and_leaves_nothing(plane, here, capsys):
     with pytest.raises(CloudError, match="did not pass the ping health check") as error:
         launch(plane, image="me/mine:1.0").run()  # `gorgon serve` finds no model to serve here, or is no command yet
     assert "health_check_s" in error.value.hint
@@ -154,7 +154,7 @@ def test_a_container_that_dies_shows_its_log_and_leaves_nothing(plane, here, cap
 
 
 @pytest.mark.parametrize("stage", ["CreateModel", "CreateEndpointConfig", "CreateEndpoint", "DescribeEndpoint"])
-def test_a_deployment_that_fails_at_any_stage_leaves_nothing(plane, here, stage):  # noqa: F811
+def test_a_deployment_that_fails_at_any_stage_leaves_nothing(plane, here, stage):
     plane.fail[stage] = Fault("AccessDeniedException", "no")
     with pytest.raises(CloudError):
         launch(plane).run()
@@ -163,14 +163,14 @@ def test_a_deployment_that_fails_at_any_stage_leaves_nothing(plane, here, stage)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_deployment_that_is_killed_leaves_nothing(plane, here, number):  # noqa: F811
+def test_a_deployment_that_is_killed_leaves_nothing(plane, here, number):
     threading.Thread(target=lambda: (until(lambda: plane.endpoints), os.kill(os.getpid(), number)), daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         launch(plane).run()
     assert not any(plane.left().values()), plane.left()
 
 
-def test_somebody_elses_endpoint_of_that_name_is_not_deleted(plane, here):  # noqa: F811
+def test_somebody_elses_endpoint_of_that_name_is_not_deleted(plane, here):
     plane.models["sql"] = {"ModelName": "sql"}
     with pytest.raises(CloudError, match="already existing"):
         launch(plane).run()
@@ -180,7 +180,7 @@ def test_somebody_elses_endpoint_of_that_name_is_not_deleted(plane, here):  # no
 @pytest.mark.parametrize(
     ("content", "word"), [({}, "no heads"), (None, "config.json cannot be read")], ids=["backbone", "nothing"]
 )
-def test_a_model_without_heads_is_not_deployed(plane, here, content, word):  # noqa: F811
+def test_a_model_without_heads_is_not_deployed(plane, here, content, word):
     uri = f"s3://{BUCKET}/plain"
     plane.store.put(f"{uri}/config.json" if content is not None else f"{uri}/x", json.dumps({"hidden_size": 8}))
     done = cli("deploy", uri, "--name", "sql")
@@ -188,7 +188,7 @@ def test_a_model_without_heads_is_not_deployed(plane, here, content, word):  # n
     refused(plane, cli("deploy", "./nowhere"), "cannot be read" if False else "no such model directory")
 
 
-def test_overdue_endpoints_can_be_found_and_deleted(plane, here):  # noqa: F811
+def test_overdue_endpoints_can_be_found_and_deleted(plane, here):
     for name, when in (("old", "2020-01-01T00:00Z"), ("new", "2999-01-01T00:00Z")):
         labels = [{"Key": "gorgon:run", "Value": "r"}, {"Key": "gorgon:delete-at", "Value": when}]
         plane.models[name] = {"ModelName": name, "PrimaryContainer": {"Image": "x"}}
@@ -209,7 +209,7 @@ def test_overdue_endpoints_can_be_found_and_deleted(plane, here):  # noqa: F811
     del plane.endpoints["theirs"]
 
 
-def _still(plane, name):  # noqa: F811
+def _still(plane, name):
     from tests.cloud_plane.endpoints import Endpoint
 
     made = Endpoint(plane, name, {"EndpointConfigName": name}, {}, {})
@@ -217,7 +217,7 @@ def _still(plane, name):  # noqa: F811
     return made
 
 
-def test_scaling_is_set_up_and_taken_down(plane, here, monkeypatch):  # noqa: F811
+def test_scaling_is_set_up_and_taken_down(plane, here, monkeypatch):
     from tests.cloud_plane.endpoints import Endpoint
 
     monkeypatch.setattr(Endpoint, "run", lambda self: setattr(self, "status", "InService"))
@@ -228,7 +228,7 @@ def test_scaling_is_set_up_and_taken_down(plane, here, monkeypatch):  # noqa: F8
     assert not any(plane.left().values())
 
 
-def test_delete_after_keeps_the_command_and_then_deletes(plane, here, monkeypatch):  # noqa: F811
+def test_delete_after_keeps_the_command_and_then_deletes(plane, here, monkeypatch):
     from gorgon.cloud import deploy
     from tests.cloud_plane.endpoints import Endpoint
 
@@ -242,7 +242,7 @@ def test_delete_after_keeps_the_command_and_then_deletes(plane, here, monkeypatc
 # doctor and policies
 
 
-def test_the_doctor_finds_what_is_missing(plane, here, monkeypatch):  # noqa: F811
+def test_the_doctor_finds_what_is_missing(plane, here, monkeypatch):
     (here / "r.yaml").write_text(
         "tune: {}\nsagemaker: {instance_type: ml.g5.xlarge, bucket: nowhere, endpoint: {instance_type: ml.g6.xlarge}}\n"
     )
@@ -264,7 +264,8 @@ def test_the_doctor_finds_what_is_missing(plane, here, monkeypatch):  # noqa: F8
 
 def test_policies_allow_the_runs_prefix_and_nothing_else_in_s3(here):
     (here / "r.yaml").write_text(
-        "name: sql\ntune: {}\nsagemaker: {role: 'arn:aws:iam::123456789012:role/r', bucket: b, prefix: p, endpoint: {}}\n"
+        "name: sql\ntune: {}\n"
+        "sagemaker: {role: 'arn:aws:iam::123456789012:role/r', bucket: b, prefix: p, endpoint: {}}\n"
     )
     made = json.loads(cli("iam-policy", "r.yaml").out)
     for policy in (made["caller"], made["execution_role"]):

@@ -1,4 +1,4 @@
-"""SageMaker end to end, against the control plane: real jobs under /opt/ml, a real endpoint, and nothing left behind."""
+"""SageMaker end to end, against the control plane: real jobs under /opt/ml, a real endpoint, nothing left behind."""
 
 import json
 import signal
@@ -10,7 +10,7 @@ from gorgon.cloud.aws import Aws
 from gorgon.cloud.deploy import invoke, invoke_stream
 from gorgon.errors import CloudError
 from gorgon.pipeline import load_recipe, run_one
-from tests.cloud_plane.fixtures import TINY, cli, image, plane, process, settings, until  # noqa: F401
+from tests.cloud_plane.fixtures import TINY, cli, process, settings, until
 from tests.cloud_plane.plane import BUCKET
 from tests.cloud_plane.sandbox import namespaces
 
@@ -26,7 +26,7 @@ def _logs(plane, name):
     return "\n".join(line for stream, lines in streams.items() if stream.startswith(name) for _, line in lines)
 
 
-def test_two_jobs_then_an_endpoint_then_nothing(plane, tmp_path, monkeypatch):  # noqa: F811
+def test_two_jobs_then_an_endpoint_then_nothing(plane, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["run", "quickstart", *settings(*TINY), "--on", "sagemaker", "--out", "run"]
     done = cli(*command)
@@ -90,7 +90,7 @@ def test_two_jobs_then_an_endpoint_then_nothing(plane, tmp_path, monkeypatch):  
     assert cli("endpoints", "delete", "sql").error.hint, "a second time there is nothing to delete"
 
 
-def test_spot_interruption_then_ctrl_c_then_stop(plane, tmp_path, monkeypatch):  # noqa: F811
+def test_spot_interruption_then_ctrl_c_then_stop(plane, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data"
     run_one(load_recipe_steps(tmp_path)["prepare"], data)
@@ -130,7 +130,7 @@ def load_recipe_steps(folder):
     return load_recipe(find_recipe("quickstart"), TINY, folder).steps
 
 
-def test_a_failed_job_shows_its_own_error(plane, tmp_path, monkeypatch):  # noqa: F811
+def test_a_failed_job_shows_its_own_error(plane, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n')
     only = ["prepare.dataset=null", "prepare.train=rows.jsonl", "train-heads=null"]

@@ -27,8 +27,8 @@ STEPS = {
     "tune": TuneConfig(model="runs/sql/train-heads", data="runs/sql/prepare"),
 }
 EVERYTHING = {
-    "spot": True, "instance_fallbacks": ["ml.g5.2xlarge", "ml.g6.4xlarge"], "kms_key": "alias/mine", "subnets": ["subnet-1"],
-    "security_groups": ["sg-1"], "encrypt_traffic": True, "tags": {"team": "search"}, "environment": {"LEVEL": "info"},
+    "spot": True, "instance_fallbacks": ["ml.g5.2xlarge", "ml.g6.4xlarge"], "kms_key": "alias/mine",
+    "subnets": ["subnet-1"], "security_groups": ["sg-1"], "encrypt_traffic": True, "tags": {"team": "search"}, "environment": {"LEVEL": "info"},
 }  # fmt: skip
 
 

@@ -32,6 +32,7 @@ def register(app: typer.Typer, load: LoadRecipe, export: Callable[[Path, Path, s
     app.command("iam-policy")(_iam_policy(load))
     app.command("doctor")(_doctor(load))
     app.command("deploy")(_deploy(load, export))
+    endpoints.command("compare")(_compare(load))
 
 
 def _print(document: object) -> None:
@@ -240,5 +241,29 @@ def _deploy(load: LoadRecipe, export: Callable[[Path, Path, str], object]) -> Ca
             _print([call.document() for call in launch.dry_run()])
             return
         typer.echo(launch.run())
+
+    return command
+
+
+def _compare(load: LoadRecipe) -> Callable[..., None]:
+    def command(
+        recipe: Annotated[str, typer.Argument(help="Recipe with the base model and the `sagemaker` section.")],
+        model: Annotated[str, typer.Option(help="Model directory with heads, or its s3:// address.")],
+        data: Annotated[str, typer.Option(help="Directory that `prepare` wrote, or its s3:// address.")],
+        out: Annotated[Path, typer.Option(help="Directory for the results.")],
+        prompts: Annotated[int | None, typer.Option(help="Use at most this many test prompts.")] = None,
+        trials: Annotated[int, typer.Option(help="Timed passes over the prompts.")] = 3,
+        max_tokens: Annotated[int, typer.Option(help="Length limit of an answer, in tokens.")] = 128,
+    ) -> None:
+        """Deploys base, fine-tuned and Medusa side by side, compares them, and deletes all three."""
+        from gorgon.cloud.compare import compare_endpoints
+        from gorgon.cloud.submit import timestamp
+
+        loaded = load(recipe)
+        compare_endpoints(
+            loaded.model, model, data, loaded.sagemaker, out, stamp=timestamp(), prompts=prompts, trials=trials,
+            max_tokens=max_tokens,
+        )  # fmt: skip
+        typer.echo(str(out))
 
     return command

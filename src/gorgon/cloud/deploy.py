@@ -7,7 +7,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -17,7 +17,7 @@ from typing import Any
 
 from gorgon.cloud.aws import Aws, AwsError, aws_errors, hint_for
 from gorgon.cloud.config import SageMakerConfig
-from gorgon.cloud.endpoint import EndpointSpec, artifact_files, create_calls, scalable_target
+from gorgon.cloud.endpoint import EndpointSpec, artifact_files, create_calls, scalable_target, scaling_calls
 from gorgon.cloud.jobs import poll_seconds, quota_error
 from gorgon.cloud.logs import ENDPOINTS, LogTail
 from gorgon.cloud.plan import Place
@@ -54,37 +54,62 @@ def endpoint_cost(spec: EndpointSpec, cloud: SageMakerConfig, aws: Aws | None) -
     return Cost(spec.name, price, settings.instance_count, hours, f"gorgon endpoints delete {spec.name}")
 
 
-def deploy(aws: Aws, spec: EndpointSpec, cloud: SageMakerConfig, place: Place, *, run: str) -> None:
-    """Creates an endpoint and waits until it serves.
+def deploy(aws: Aws, specs: Sequence[EndpointSpec], cloud: SageMakerConfig, place: Place, *, run: str) -> None:
+    """Creates endpoints, all of them at once, and waits until every one serves.
 
-    Raises: CloudError when it does not come up, after showing the last lines of its log. Whatever goes wrong, also a
-        Ctrl-C, nothing of it is left.
+    Raises: CloudError when one does not come up, after showing the last lines of its log. Whatever goes wrong, also a
+        Ctrl-C, nothing of any of them is left.
     """
+    begun: list[str] = []
+    try:
+        for spec in specs:
+            _begin(aws, spec, cloud, place, run, begun)
+        for spec in specs:
+            wait(aws, spec.name)
+            for call in scaling_calls(spec):  # there is nothing to scale before it serves
+                aws.call(call.service, _snake(call.operation), **call.parameters)
+    except BaseException as error:
+        for name in begun:
+            clean_up(aws, name)
+        if isinstance(error, CloudError):
+            raise quota_error(aws, error) from error
+        raise
+    for spec in specs:
+        say(
+            f"{spec.name}: in service\n  use it: gorgon endpoints invoke {spec.name} 'your question'\n"
+            f"  end it: gorgon endpoints delete {spec.name}"
+        )
+
+
+def _begin(
+    aws: Aws, spec: EndpointSpec, cloud: SageMakerConfig, place: Place, run: str, begun: list[str]
+) -> None:  # fmt: skip
+    """Model, configuration and endpoint, without waiting. A name that is somebody's already is not ours to delete."""
     minutes = spec.settings.delete_after_minutes
     if minutes is not None:
         until = datetime.now(UTC) + timedelta(minutes=minutes)
         spec = replace(spec, labels={**spec.labels, DELETE_AT: until.strftime("%Y-%m-%dT%H:%MZ")})
-    try:
-        for call in create_calls(spec, cloud, place, run=run):
-            if call.service == "application-autoscaling" and call.operation == "RegisterScalableTarget":
-                _wait(aws, spec.name)  # there is nothing to scale before it serves
+    begun.append(spec.name)
+    for call in create_calls(spec, cloud, place, run=run):
+        if call.service != "sagemaker":
+            continue
+        try:
             aws.call(call.service, _snake(call.operation), **call.parameters)
-        _wait(aws, spec.name)
-    except BaseException as error:
-        if isinstance(error, AwsError) and error.code == "ValidationException" and "already exist" in str(error):
-            raise  # the name is somebody's endpoint, which is not ours to delete
-        say(f"{spec.name}: cleaning up")
-        left = delete(aws, spec.name, missing_ok=True)
-        if left:
-            say(f"{spec.name}: could not delete {', '.join(left)}: gorgon endpoints delete {spec.name}")
-        if isinstance(error, CloudError):
-            raise quota_error(aws, error) from error
-        raise
-    say(f"{spec.name}: in service\n  use it: gorgon endpoints invoke {spec.name} 'your question'\n"
-        f"  end it: gorgon endpoints delete {spec.name}")  # fmt: skip
+        except AwsError as error:
+            if error.code == "ValidationException" and "already exist" in str(error):
+                begun.remove(spec.name)
+            raise
 
 
-def _wait(aws: Aws, name: str) -> None:
+def clean_up(aws: Aws, name: str) -> None:
+    """Deletes whatever there is of an endpoint, and says how to go on if something cannot be."""
+    say(f"{name}: cleaning up")
+    left = delete(aws, name, missing_ok=True)
+    if left:
+        say(f"{name}: could not delete {', '.join(left)}: gorgon endpoints delete {name}")
+
+
+def wait(aws: Aws, name: str) -> None:
     """Until the endpoint serves. Raises CloudError with its log's end when it fails."""
     state = ""
     while True:

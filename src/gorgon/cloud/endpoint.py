@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gorgon.cloud.config import EndpointConfig, SageMakerConfig
@@ -223,25 +223,40 @@ def delete_calls(name: str, *, scaled: bool = False) -> list[Call]:
     return [call.checked() for call in calls]
 
 
-def dry_calls(cloud: SageMakerConfig, place: Place, *, run: str, stamp: str, model_uri: str) -> list[Call]:
-    """The calls that deploy a recipe's endpoint, watch it, use it and take it away."""
+def dry_calls(
+    cloud: SageMakerConfig, place: Place, *, run: str, stamp: str, model_uri: str, base: str
+) -> list[Call]:  # fmt: skip
+    """The calls that deploy a recipe's endpoint, or the three that are compared, watch, use and delete them."""
     settings = cloud.endpoint
     if settings is None:
         return []
-    name = resource_name(run, stamp)
-    artifact = place.uri(run, "serving", stamp)
-    spec = endpoint_spec(name, model_uri, settings, place.region, heads=1, artifact=artifact)
-    calls = create_calls(spec, cloud, place, run=run)
-    calls.append(Call("sagemaker", "DescribeEndpoint", {"EndpointName": name}, note="until it is InService"))
-    body = json.dumps({"messages": [{"role": "user", "content": "..."}], "max_tokens": 256})
-    invoke = {"EndpointName": name, "ContentType": "application/json", "Body": body}
-    calls.append(Call("sagemaker-runtime", "InvokeEndpointWithResponseStream", invoke, note="as you use it"))
-    gone = delete_calls(name, scaled=settings.max_instances is not None)
-    if settings.delete_after_minutes is not None:
+    wanted = {resource_name("gorgon", run, stamp): (model_uri, False)}
+    if settings.compare:
+        wanted = {
+            f"base-{stamp}": (base, True),
+            f"sft-{stamp}": (model_uri, True),
+            f"medusa-{stamp}": (model_uri, False),
+        }
+    calls, gone = [], []
+    for name, (model, plain) in wanted.items():
+        artifact = None if settings.engine == "tgi" else place.uri("deploy", name, "serving")
+        spec = endpoint_spec(name, model, settings, place.region, heads=1, artifact=artifact, plain=plain)
+        calls += create_calls(spec, cloud, place, run=run)
+        calls.append(Call("sagemaker", "DescribeEndpoint", {"EndpointName": name}, note="until it is InService"))
+        body = json.dumps({"messages": [{"role": "user", "content": "..."}], "max_tokens": 256})
+        invoke = {"EndpointName": name, "ContentType": "application/json", "Body": body}
+        how, when = ("InvokeEndpoint", "once a prompt and trial") if settings.compare else (
+            "InvokeEndpointWithResponseStream", "as you use it"
+        )  # fmt: skip
+        calls.append(Call("sagemaker-runtime", how, invoke, note=when))
+        gone += delete_calls(name, scaled=settings.max_instances is not None)
+    if settings.compare:
+        note = "after the comparison, whatever happens"
+    elif settings.delete_after_minutes is not None:
         note = f"after {settings.delete_after_minutes} minutes"
     else:
-        note = f"when you say so: gorgon endpoints delete {name}"
-    return calls + [Call(c.service, c.operation, c.parameters, note=note) for c in gone]
+        note = "when you say so: gorgon endpoints delete NAME"
+    return calls + [replace(call, note=note) for call in gone]
 
 
 def artifact_files(wheel: Path, assets: Path) -> dict[str, Path | str]:

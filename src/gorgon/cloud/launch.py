@@ -19,6 +19,7 @@ from gorgon.cloud.pricing import guard
 from gorgon.cloud.sagemaker import Call
 from gorgon.cloud.storage import check_prefix, send, split_uri, upload_of
 from gorgon.cloud.submit import timestamp
+from gorgon.config import EMBEDDED
 from gorgon.errors import CloudError, ModelError
 
 RUN = "deploy"
@@ -79,30 +80,37 @@ class Launch:
         note = f"when you say so: gorgon endpoints delete {name}"
         return calls + [Call(c.service, c.operation, c.parameters, note=note) for c in gone]
 
-    def run(self, *, keep: bool = True) -> str:
-        """Uploads, deploys, and returns the endpoint's name once it serves.
+    def run(self) -> str:
+        """Uploads, deploys, and returns the endpoint's name once it serves; with a time to live, stays and deletes it.
 
-        Args: keep: with `delete_after_minutes`, stay and delete it then.
         Raises: CloudError, BudgetError; whatever was created is deleted again when it does not come up.
         """
         aws = Aws(self.cloud.region)
-        place, name = resolve_place(self.cloud, aws), self._name()
-        heads = self._heads(aws)
-        spec = self.spec(place, name, self._address(aws, place, upload=False), heads=heads)
-        create_calls(spec, self.cloud, place, run=RUN)  # all checked before anything is uploaded or billed
+        place = resolve_place(self.cloud, aws)
+        spec = self.checked(aws, place)
         guard([endpoint_cost(spec, self.cloud, aws)], self.cloud.budget_usd)
-        uri = self._address(aws, place, upload=True)
-        spec = self.spec(place, name, uri, heads=heads)
+        spec = self.upload(aws, place, spec)
+        with ends_on_sigterm():
+            deploy(aws, [spec], self.cloud, place, run=RUN)
+            if self.settings.delete_after_minutes is not None:
+                keep_until_deleted(aws, spec.name, self.settings.delete_after_minutes)
+        return spec.name
+
+    def checked(self, aws: Aws, place: Place) -> EndpointSpec:
+        """What is deployed, checked to the last request, before anything is uploaded or billed."""
+        heads = self._heads(aws)
+        spec = self.spec(place, self._name(), self._address(aws, place, upload=False), heads=heads)
+        create_calls(spec, self.cloud, place, run=RUN)
+        return spec
+
+    def upload(self, aws: Aws, place: Place, spec: EndpointSpec) -> EndpointSpec:
+        """The same, after what it needs is in S3."""
+        spec = self.spec(place, spec.name, self._address(aws, place, upload=True), heads=spec.heads)
         if spec.through_djl and spec.artifact:
             upload_artifact(aws, spec.artifact)
         elif spec.artifact:
             self._upload_heads(aws, spec.artifact)
-        with ends_on_sigterm():
-            deploy(aws, spec, self.cloud, place, run=RUN)
-            minutes = self.settings.delete_after_minutes
-            if keep and minutes is not None:
-                keep_until_deleted(aws, name, minutes)
-        return name
+        return spec
 
     def _address(self, aws: Aws, place: Place, *, upload: bool) -> str:
         """Where the model is in S3, uploaded if it is here; a hub id stays what it is."""
@@ -110,7 +118,7 @@ class Launch:
             check_prefix(aws, self.model, "model")
             return self.model
         if not Path(self.model).is_dir():
-            if self.plain and re.fullmatch(r"[\w.-]+/[\w.-]+", self.model):
+            if self.plain and (self.model == EMBEDDED or re.fullmatch(r"[\w.-]+/[\w.-]+", self.model)):
                 return self.model
             raise ModelError(
                 "no such model directory", field="model", value=self.model,

@@ -20,11 +20,13 @@ from gorgon.cloud.plan import Place, plan_jobs, resource_name, result_uri
 from gorgon.cloud.pricing import Cost, guard, job_cost, price_of
 from gorgon.cloud.sagemaker import Call, create_training_job
 from gorgon.cloud.storage import Upload, check_prefix, code_upload, send, upload_of
-from gorgon.config import StepConfig
+from gorgon.config import EMBEDDED, CompareConfig, StepConfig
 from gorgon.errors import CloudError
 from gorgon.progress import say
 
 STATE = "sagemaker.json"
+COMPARE_MINUTES = 120
+"""A comparison on endpoints ends, and its endpoints with it, after this time."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class CloudRun:
         cloud: the recipe's `sagemaker` section.
         out: local directory of the run, which keeps the names of its jobs.
         recipe: the recipe's file, sent along for the record.
+        base: the backbone before fine-tuning, for the comparison on endpoints.
     """
 
     name: str
@@ -44,6 +47,7 @@ class CloudRun:
     cloud: SageMakerConfig
     out: Path
     recipe: Path | None = None
+    base: str = EMBEDDED
 
     def jobs(self, place: Place, stamp: str) -> list[JobSpec]:
         """The chain of jobs."""
@@ -68,6 +72,17 @@ class CloudRun:
                     )
                 )
         return costs
+
+    def endpoint_costs(self, aws: Aws | None) -> list[Cost]:
+        """The most that the endpoint, or the three that are compared, can cost."""
+        settings = self.cloud.endpoint
+        if settings is None:
+            return []
+        price = price_of(settings.instance_type, "endpoint", self.cloud.price_per_hour, aws=aws)
+        minutes = COMPARE_MINUTES if settings.compare else settings.delete_after_minutes
+        machines = settings.instance_count * (3 if settings.compare else 1)
+        hours = None if minutes is None else minutes / 60
+        return [Cost(f"endpoints of {self.name}", price, machines, hours, "gorgon endpoints delete NAME")]
 
 
 def timestamp() -> str:
@@ -96,8 +111,8 @@ def dry_run(run: CloudRun, *, stamp: str | None = None) -> dict[str, Any]:
     if run.cloud.endpoint is not None and jobs:
         from gorgon.cloud.endpoint import dry_calls
 
-        calls += dry_calls(run.cloud, place, run=run.name, stamp=stamp, model_uri=final_model(jobs))
-    cost = guard(run.costs(jobs, None), None)
+        calls += dry_calls(run.cloud, place, run=run.name, stamp=stamp, model_uri=final_model(jobs), base=run.base)
+    cost = guard([*run.costs(jobs, None), *run.endpoint_costs(None)], None)
     return {
         "name": run.name, "region": place.region, "account": place.account, "at_most_usd": cost,
         "calls": [call.document() for call in calls],
@@ -157,7 +172,8 @@ def run_jobs(run: CloudRun) -> dict[str, str]:
             )
             for spec in jobs
         }  # all checked before the first one starts
-        guard(run.costs([spec for spec in jobs if not state.finished(aws, spec)], aws), run.cloud.budget_usd)
+        waiting = [spec for spec in jobs if not state.finished(aws, spec)]
+        guard([*run.costs(waiting, aws), *run.endpoint_costs(aws)], run.cloud.budget_usd)
         for upload in (code, *uploads.values()):
             sent = send(upload, aws)
             say(f"{upload.prefix}: {sent} of {len(upload.files)} files uploaded")
@@ -174,6 +190,29 @@ def run_jobs(run: CloudRun) -> dict[str, str]:
             results[spec.step] = result_uri(replace(spec, name=name))
             say(f"      done: {results[spec.step]}")
     return results
+
+
+def after_jobs(run: CloudRun, results: Mapping[str, str]) -> dict[str, Any]:
+    """What a recipe's `endpoint` section asks for once its jobs are done: an endpoint, or the comparison of three."""
+    settings = run.cloud.endpoint
+    if settings is None:
+        return {}
+    from gorgon.cloud.compare import compare_endpoints
+    from gorgon.cloud.launch import Launch
+
+    model = results.get("tune") or results["train-heads"]
+    stamp = timestamp()
+    if not settings.compare:
+        return {"endpoint": Launch(model, run.cloud, name=resource_name("gorgon", run.name, stamp)).run()}
+    compare = run.steps.get("compare") or CompareConfig()
+    if not isinstance(compare, CompareConfig) or "prepare" not in results:
+        raise CloudError("a comparison on endpoints needs the recipe's test prompts", field="endpoint.compare",
+                         hint="add a 'prepare' section")  # fmt: skip
+    summary = compare_endpoints(
+        run.base, model, results["prepare"], run.cloud, run.out / "endpoints", stamp=stamp, prompts=compare.prompts,
+        trials=compare.trials, max_tokens=compare.max_new_tokens, stop=compare.stop,
+    )  # fmt: skip
+    return {"endpoints": summary}
 
 
 def _start(aws: Aws, request: Call) -> None:
