@@ -12,6 +12,9 @@ from pathlib import Path
 from tests.cloud_plane.sandbox import Container
 
 FRONT = Path(__file__).parent / "djl_front.py"
+STAND_IN = Path(__file__).parent / "stand_in.py"
+STAND_INS = {"me/stand-in:1.0"}
+"""Images that run a server without a model, for tests of what stands around a model."""
 
 
 class Endpoint(threading.Thread):
@@ -44,7 +47,7 @@ class Endpoint(threading.Thread):
 
     def run(self):
         primary = self.model["PrimaryContainer"]
-        sources = {"model": primary["ModelDataSource"]}
+        sources = {"model": primary["ModelDataSource"]} if "ModelDataSource" in primary else {}
         for more in primary.get("AdditionalModelDataSources", []):
             sources[f"additional-model-data-sources/{more['ChannelName']}"] = more
         for place, source in sources.items():
@@ -54,8 +57,12 @@ class Endpoint(threading.Thread):
                 return
         if "djl-inference" in primary["Image"]:
             command = [str(Path(self.plane.image_bin) / "python3"), str(FRONT), str(self.port)]
+        elif primary["Image"] in STAND_INS:
+            command = [str(Path(self.plane.image_bin) / "python3"), str(STAND_IN), str(self.port)]
         else:
             command = ["gorgon", "serve", "/opt/ml/model", "--port", str(self.port)]
+        self.root.mkdir(parents=True, exist_ok=True)
+        (self.root / "ml").mkdir(exist_ok=True)
         log = self.root / "container.log"
         with log.open("w") as output:
             self.container = Container(

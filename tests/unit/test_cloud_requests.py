@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from gorgon.cli import app
 from gorgon.cloud.config import EndpointConfig, SageMakerConfig
 from gorgon.cloud.endpoint import create_calls, delete_calls, endpoint_spec
 from gorgon.cloud.images import SERVING, TRAINING, serving_image, training_image
@@ -28,7 +30,8 @@ STEPS = {
 }
 EVERYTHING = {
     "spot": True, "instance_fallbacks": ["ml.g5.2xlarge", "ml.g6.4xlarge"], "kms_key": "alias/mine",
-    "subnets": ["subnet-1"], "security_groups": ["sg-1"], "encrypt_traffic": True, "tags": {"team": "search"}, "environment": {"LEVEL": "info"},
+    "subnets": ["subnet-1"], "security_groups": ["sg-1"], "encrypt_traffic": True, "tags": {"team": "search"},
+    "environment": {"LEVEL": "info"},
 }  # fmt: skip
 
 
@@ -240,3 +243,20 @@ def test_endpoints_that_cannot_work(values, word):
     with pytest.raises(CloudError, match=word):
         spec = endpoint_spec("a", "s3://b/m", EndpointConfig(**values), "eu-west-1", artifact="s3://b/a")
         create_calls(spec, SageMakerConfig(), PLACE, run="r")
+
+
+def test_the_reference_recipe_is_shown_call_by_call_without_credentials(monkeypatch):
+    for key in [k for k in os.environ if k.startswith("AWS_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    result = CliRunner().invoke(app, ["run", "recipes/zephyr-7b-sql.yaml", "--on", "sagemaker", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    calls = json.loads(result.stdout)["calls"]
+    made = [call["operation"] for call in calls]
+    steps = ("prepare", "finetune", "distill", "train-heads", "tune", "compare")
+    started = [c["parameters"]["TrainingJobName"] for c in calls
+               if c["operation"] == "CreateTrainingJob"]  # fmt: skip
+    assert [name.removeprefix("zephyr-7b-sql-").rsplit("-", 2)[0] for name in started] == list(steps)
+    for kind in ("Model", "EndpointConfig", "Endpoint"):
+        assert made.count(f"Create{kind}") == made.count(f"Delete{kind}") == 3
+    assert "at most in all" in result.stderr and "gorgon jobs stop" in result.stderr
