@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -132,10 +134,21 @@ def load_recipe_steps(folder):
 
 def test_a_failed_job_shows_its_own_error(plane, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n')
-    only = ["prepare.dataset=null", "prepare.train=rows.jsonl", "train-heads=null"]
+    for name in ("a", "b"):
+        plane.store.put(f"s3://{BUCKET}/rows/{name}.jsonl", "{}")
+    only = ["prepare.dataset=null", f"prepare.train=s3://{BUCKET}/rows", "train-heads=null"]
     done = cli("run", "quickstart", *settings(*TINY, *only), "--on", "sagemaker", "--out", "run")
-    assert done.error.exit_code == 2
-    text = str(done.error)
-    assert "AlgorithmError: DataError" in text and "rows.jsonl" in text and "exit code: 2" in text
-    assert "Traceback" not in done.err
+    assert done.error.exit_code == 2 and "Traceback" not in done.err
+    said = str(done.error)
+    assert "AlgorithmError: DataError" in said and "must hold one file, not 2" in said and "exit code: 2" in said
+
+
+def test_help_needs_neither_boto3_nor_torch():
+    code = (
+        "import sys; sys.argv = ['gorgon', 'endpoints', '--help']\n"
+        "from gorgon.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'boto3', 'botocore'} & set(sys.modules), 'heavy imports'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

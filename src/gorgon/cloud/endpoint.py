@@ -96,8 +96,6 @@ def environment(spec: EndpointSpec) -> dict[str, str]:
     local = MODEL_DIR if spec.artifact is None or not spec.through_djl else f"{ADDITIONAL}/model"
     model = local if spec.model_in_s3 else spec.model
     match settings.engine:
-        case "gorgon" if spec.through_djl:
-            made = {"GORGON_MODEL": model, **({"GORGON_PLAIN": "1"} if spec.plain else {})}
         case "gorgon":
             made = {"GORGON_MODEL": model, **({"GORGON_PLAIN": "1"} if spec.plain else {})}
         case "vllm":

@@ -17,17 +17,24 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 def build_wheel(folder: Path) -> Path:
     """Writes the wheel into `folder` and returns its path. Needs no network and no build tool.
 
+    Its version names its contents, so that pip replaces a Gorgon of the same release that an image already has.
     Source: PyPA specification "Binary distribution format".
     """
     installed = metadata.distribution(DISTRIBUTION)
-    stem = f"{DISTRIBUTION.replace('-', '_')}-{installed.version}"
-    info = f"{stem}.dist-info"
     files = {
         f"gorgon/{path.relative_to(PACKAGE).as_posix()}": path.read_bytes()
         for path in sorted(PACKAGE.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts
     }
-    files[f"{info}/METADATA"] = (installed.read_text("METADATA") or "").encode()
+    contents = hashlib.sha256("".join(f"{name} {_digest(body)}\n" for name, body in files.items()).encode())
+    release = installed.version.partition("+")[0]
+    version = f"{release}+g{contents.hexdigest()[:12]}"
+    stem = f"{DISTRIBUTION.replace('-', '_')}-{version}"
+    info = f"{stem}.dist-info"
+    about = (installed.read_text("METADATA") or "").replace(
+        f"\nVersion: {installed.version}\n", f"\nVersion: {version}\n"
+    )
+    files[f"{info}/METADATA"] = about.encode()
     files[f"{info}/entry_points.txt"] = b"[console_scripts]\ngorgon = gorgon.cli:main\n"
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: gorgon\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     record = "".join(f"{name},sha256={_digest(content)},{len(content)}\n" for name, content in files.items())
