@@ -109,6 +109,10 @@ def run(
     loaded = load_recipe(path, assignments, directory)
     if on not in PLACES:
         raise ConfigError([f"'--on {on}': {nearest(on, PLACES)}"])
+    if on != "local" and force:
+        raise ConfigError(
+            ["'--force' is for steps that run in this process"], hint="choose another --out to start over"
+        )
     if on != "local":
         _print_json(run_elsewhere(loaded, directory, on=on, recipe_file=path, dry_run=dry_run))
         return

@@ -12,6 +12,7 @@ from gorgon.cloud.aws import Aws
 from gorgon.cloud.deploy import invoke, invoke_stream
 from gorgon.errors import CloudError
 from gorgon.pipeline import load_recipe, run_one
+from tests.cloud_plane import sandbox
 from tests.cloud_plane.fixtures import TINY, cli, process, settings, until
 from tests.cloud_plane.plane import BUCKET
 from tests.cloud_plane.sandbox import namespaces
@@ -132,7 +133,11 @@ def load_recipe_steps(folder):
     return load_recipe(find_recipe("quickstart"), TINY, folder).steps
 
 
-def test_a_failed_job_shows_its_own_error(plane, tmp_path, monkeypatch):
+@pytest.mark.parametrize("inside", [True, False], ids=["under a real /opt/ml", "as a plain process"])
+def test_a_failed_job_shows_its_own_error(plane, tmp_path, monkeypatch, inside):
+    if inside and not namespaces():
+        pytest.skip("this kernel bars user namespaces")
+    monkeypatch.setattr(sandbox, "namespaces", lambda: inside)
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         plane.store.put(f"s3://{BUCKET}/rows/{name}.jsonl", "{}")
