@@ -38,7 +38,7 @@ class Plane:
         self.jobs, self.models, self.configs, self.endpoints, self.scaling = {}, {}, {}, {}, {}
         self.tags, self.logs, self.requests = {}, {}, []
         self.fail, self.prices, self.quotas = {}, {}, {}
-        self.trust = "sagemaker.amazonaws.com"
+        self.trust, self.caller = "sagemaker.amazonaws.com", f"arn:aws:iam::{ACCOUNT}:user/tester"
         self.missing_images = set()
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -241,7 +241,7 @@ class Plane:
         if action in self.fail:
             raise self.fail[action]
         if action == "GetCallerIdentity":
-            inner = f"<UserId>U</UserId><Account>{ACCOUNT}</Account><Arn>arn:aws:iam::{ACCOUNT}:user/tester</Arn>"
+            inner = f"<UserId>U</UserId><Account>{ACCOUNT}</Account><Arn>{self.caller}</Arn>"
         else:
             trust = json.dumps({"Statement": [{"Principal": {"Service": self.trust}}]}).replace('"', "%22")
             inner = (

@@ -1,5 +1,6 @@
 """What goes wrong in an AWS account: each time a typed error with the next step, and nothing billed or left behind."""
 
+import io
 import json
 import os
 import signal
@@ -7,11 +8,13 @@ import threading
 
 import pytest
 
+from gorgon.cloud.aws import Aws, resolve_place
 from gorgon.cloud.config import EndpointConfig, SageMakerConfig
+from gorgon.cloud.jobs import ask_to_stop
 from gorgon.cloud.launch import Launch
 from gorgon.errors import BudgetError, CloudError
 from tests.cloud_plane.fixtures import TINY, cli, settings, until
-from tests.cloud_plane.plane import BUCKET, Fault
+from tests.cloud_plane.plane import BUCKET, ROLE, Fault
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.xdist_group("cloud")]
 DATA = f"s3://{BUCKET}/data"
@@ -59,6 +62,31 @@ def test_no_role_and_one_that_cannot_be_assumed(plane, here, monkeypatch):
     refused(plane, run("sagemaker.role=arn:aws:iam::123456789012:role/other"), "Could not assume role", "iam-policy")
     monkeypatch.delenv("GORGON_SAGEMAKER_ROLE")
     refused(plane, run(), "no execution role", "iam-policy")
+
+
+def test_in_studio_the_notebooks_own_role_is_taken(plane, here, monkeypatch):
+    monkeypatch.delenv("GORGON_SAGEMAKER_ROLE")
+    plane.caller = "arn:aws:sts::123456789012:assumed-role/gorgon-execution/SageMaker"
+    assert resolve_place(SageMakerConfig(), Aws()).role == ROLE
+
+
+@pytest.mark.parametrize(("answer", "stopped"), [("y\n", ["job-1"]), ("\n", [])])
+def test_ctrl_c_asks_whether_to_stop_the_job(plane, here, monkeypatch, capsys, answer, stopped):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    asked = []
+    plane.do_StopTrainingJob = lambda request: asked.append(request["TrainingJobName"]) or {}
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    ask_to_stop(Aws(), "job-1")
+    said = capsys.readouterr().err
+    assert asked == stopped and "Stop it? [y/N]" in said
+    assert ("gorgon jobs attach job-1" in said) == (not stopped)
+
+
+def test_a_job_that_is_not_there(plane, here):
+    refused(plane, cli("jobs", "attach", "nothing"), "not found", "gorgon jobs list")
 
 
 def test_an_empty_and_a_partly_uploaded_prefix(plane, here):

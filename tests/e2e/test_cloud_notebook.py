@@ -44,6 +44,36 @@ def test_it_runs_offline_from_the_first_cell_to_the_last(tmp_path, monkeypatch, 
     assert (tmp_path / "runs" / "notebook" / "compare" / "report.html").is_file()
 
 
+def test_its_sagemaker_branches_leave_nothing(plane, tmp_path, monkeypatch, capsys):
+    """The jobs' results are made up and the server is a stand-in; clients, requests, waiting and deleting are real."""
+    from gorgon.cloud.layout import Layout
+    from tests.cloud_plane.jobs import Job
+
+    def attempt(job):
+        model = Layout(job.root / "ml").model
+        model.mkdir(parents=True)
+        (model / "config.json").write_text('{"medusa_num_heads": 3}')
+        row = {"messages": [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "three"}]}
+        (model / "test.jsonl").write_text(json.dumps(row) + "\n")
+        return 0
+
+    monkeypatch.setattr(Job, "_attempt", attempt)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for cell in cells("code"):
+        exec(compile("".join(cell["source"]), PATH.name, "exec"), names)
+        if "parameters" in cell["metadata"].get("tags", []):
+            endpoint = "sagemaker.endpoint={instance_type: ml.m5.xlarge, image: 'me/stand-in:1.0'}"
+            names |= {"ON": "sagemaker", "SETTINGS": [*SETTINGS, endpoint]}
+    said = capsys.readouterr().out
+    assert "?ereht era step ynam woH" in said, "the endpoint of step 4 has answered"
+    assert "| medusa |" in said and said.rstrip().endswith("no endpoints")
+    started = [r["TrainingJobName"] for name, r in plane.requests if name == "CreateTrainingJob"]
+    assert [name.split("-")[1] for name in started] == ["prepare", "train", "tune"], "each step once"
+    assert sum(name == "CreateEndpoint" for name, _ in plane.requests) == 4
+    assert not any(plane.left().values()), plane.left()
+
+
 def test_its_sagemaker_branches_name_things_that_exist():
     import ast
     from importlib import import_module

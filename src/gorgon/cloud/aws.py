@@ -45,7 +45,7 @@ HINTS: tuple[tuple[str, str], ...] = (
     (r"CUDA out of memory|OutOfMemory", "take a machine with more GPU memory, or a smaller batch_size"),
     (r"Throttling|Rate exceeded|TooManyRequests", "AWS asks to slow down; try again in a minute"),
     (r"already exists|ResourceInUse|Cannot create already existing", "the name is taken: choose another one"),
-    (r"Could not find|does not exist|RecordNotFound|ResourceNotFound",
+    (r"Could not find|does not exist|resource not found|RecordNotFound|ResourceNotFound",
      "`gorgon jobs list` and `gorgon endpoints list` show what there is in this region"),
 )  # fmt: skip
 """What AWS's words mean for the user, the first match first."""
@@ -157,13 +157,25 @@ class AwsError(CloudError):
         super().__init__(f"{what}: {code}: {message}", hint=hint_for(f"{code}: {message}"))
 
 
+def execution_role(cloud: SageMakerConfig, aws: Aws, caller: str) -> str | None:
+    """The role that jobs run under: the recipe's, the environment's, or in SageMaker Studio the notebook's own.
+
+    Args: caller: ARN of the caller, which in Studio is a session of its execution role.
+    """
+    named = cloud.role or os.environ.get(ROLE_VARIABLE)
+    session = re.fullmatch(r"arn:[\w-]+:sts::\d+:assumed-role/([^/]+)/SageMaker", caller)
+    if named or session is None:
+        return named
+    return str(aws.call("iam", "get_role", RoleName=session[1])["Role"]["Arn"])  # its path is not in the session's ARN
+
+
 def resolve_place(cloud: SageMakerConfig, aws: Aws) -> Place:
     """Account, role and bucket that a run uses, asked of AWS where the recipe leaves them open.
 
     Raises: CloudError when there are no credentials or no role is named.
     """
     identity = aws.identity()
-    role = cloud.role or os.environ.get(ROLE_VARIABLE)
+    role = execution_role(cloud, aws, identity["Arn"])
     if not role:
         raise CloudError(
             "no execution role is named", field="sagemaker.role", allowed="the ARN of a role that SageMaker may assume",

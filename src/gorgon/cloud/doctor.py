@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from gorgon.cloud.aws import ROLE_VARIABLE, Aws, AwsError
+from gorgon.cloud.aws import ROLE_VARIABLE, Aws, AwsError, execution_role
 from gorgon.cloud.config import SageMakerConfig
 from gorgon.cloud.images import serving_image, training_image
 from gorgon.cloud.plan import Place
@@ -40,7 +39,10 @@ def examine(cloud: SageMakerConfig) -> Iterator[Finding]:
         yield Finding("credentials", False, str(error), error.hint or "")
         return
     yield Finding("credentials", True, identity["Arn"])
-    role = cloud.role or os.environ.get(ROLE_VARIABLE)
+    try:
+        role = execution_role(cloud, aws, identity["Arn"])
+    except AwsError:  # may not look itself up: the check of the role says so
+        role = None
     bucket = cloud.bucket or f"sagemaker-{aws.region}-{identity['Account']}"
     place = Place(aws.region, identity["Account"], role or "", bucket, cloud.prefix)
     for check in (_role, _bucket, _images, _quotas):
