@@ -16,7 +16,7 @@ from gorgon.errors import BudgetError, CloudError
 from tests.cloud_plane.fixtures import TINY, cli, settings, until
 from tests.cloud_plane.plane import BUCKET, ROLE, Fault
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.xdist_group("cloud")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("cloud")]
 DATA = f"s3://{BUCKET}/data"
 
 

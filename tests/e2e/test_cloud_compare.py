@@ -9,7 +9,7 @@ from gorgon.cloud.config import EndpointConfig, SageMakerConfig
 from gorgon.errors import BudgetError, CloudError, DataError
 from tests.cloud_plane.plane import BUCKET, Fault
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.xdist_group("cloud")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("cloud")]
 MODEL, DATA = f"s3://{BUCKET}/model", f"s3://{BUCKET}/data"
 
 

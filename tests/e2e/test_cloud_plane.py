@@ -17,7 +17,7 @@ from tests.cloud_plane.fixtures import TINY, cli, process, settings, until
 from tests.cloud_plane.plane import BUCKET
 from tests.cloud_plane.sandbox import namespaces
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("cloud")]
+pytestmark = [pytest.mark.timeout(400), pytest.mark.xdist_group("cloud")]
 MESSAGES = [
     {"role": "system", "content": "CREATE TABLE pet (age INTEGER)"},
     {"role": "user", "content": "How many pets?"},
