@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gorgon.config import STEPS, ExportConfig, ImportConfig, StepConfig, build, parse_value
-from gorgon.errors import GorgonError
+from gorgon.cloud.commands import register as register_cloud
+from gorgon.config import STEPS, ExportConfig, ImportConfig, StepConfig, build, nearest, parse_value
+from gorgon.errors import ConfigError, GorgonError
 
 if TYPE_CHECKING:
     from gorgon.artifacts import StepResult
@@ -80,22 +81,44 @@ for _step, _kind in STEPS.items():
     app.command(_step)(_step_command(_step, _kind))
 
 
+@app.command("step")
+def step_(
+    name: Annotated[str, typer.Argument(help="The step to run, such as train-heads.")],
+    base_dir: Annotated[Path, typer.Option(help="A directory laid out like SageMaker's /opt/ml.")] = Path("/opt/ml"),
+) -> None:
+    """Runs a step as a job: inputs, checkpoints and results where a SageMaker container has them."""
+    from gorgon.cloud.container import run_in_container
+    from gorgon.pipeline import run_one
+
+    run_in_container(name, base_dir, run_one)
+
+
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a built-in recipe.")],
     assignments: SetOption = [],  # noqa: B006 - typer copies it
     out: Annotated[Path | None, typer.Option(help="Directory for all steps [runs/NAME].")] = None,
     force: ForceFlag = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved steps and stop.")] = False,
+    on: Annotated[str, typer.Option(help="local, job (here, as a container would) or sagemaker.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print resolved steps, or API calls, and stop.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Runs a recipe: its steps in order, each reused when nothing changed."""
     from gorgon.interrupts import graceful
-    from gorgon.pipeline import find_recipe, load_recipe, run_recipe
+    from gorgon.pipeline import PLACES, find_recipe, load_recipe, run_elsewhere, run_recipe
 
     path = find_recipe(recipe)
     directory = out if out is not None else Path("runs") / path.stem
     loaded = load_recipe(path, assignments, directory)
+    if on not in PLACES:
+        raise ConfigError([f"'--on {on}': {nearest(on, PLACES)}"])
+    if on != "local" and force:
+        raise ConfigError(
+            ["'--force' is for steps that run in this process"], hint="choose another --out to start over"
+        )
+    if on != "local":
+        _print_json(run_elsewhere(loaded, directory, on=on, recipe_file=path, dry_run=dry_run))
+        return
     if dry_run:
         steps = {step: config.model_dump(mode="json") for step, config in loaded.steps.items()}
         _print_json({"name": loaded.name, "description": loaded.description, "out": str(directory), "steps": steps})
@@ -123,7 +146,7 @@ def quickstart(
     as_json: JsonFlag = False,
 ) -> None:
     """Runs the built-in recipe `quickstart`: everything, on the embedded model and sample, in a few minutes."""
-    run("quickstart", assignments, out, force, False, as_json)
+    run("quickstart", assignments, out, force, as_json=as_json)
 
 
 def _print_summary(summary: dict[str, Any], directory: Path) -> None:
@@ -263,6 +286,22 @@ def inspect_(
         print(part)
         for key, value in (facts.get(part) or {"-": "none"}).items():
             print(f"  {key:<24} {value}")
+
+
+def _recipe(name: str) -> Any:
+    from gorgon.pipeline import find_recipe, load_recipe
+
+    path = find_recipe(name)
+    return load_recipe(path, [], Path("runs") / path.stem)
+
+
+def _export(model: Path, out: Path, form: str) -> object:
+    from gorgon.models.export import export_model
+
+    return export_model(build(ExportConfig, {"model": str(model), "format": form}, step="export"), out)
+
+
+register_cloud(app, _recipe, _export)
 
 
 @app.callback(invoke_without_command=True)
