@@ -1,10 +1,11 @@
 """Keeps a finished run as a committed result, and renders the README's table from all committed results.
 
     python benchmarks/record.py runs/text-to-sql-cpu    # writes results/text-to-sql-cpu.json and the README's table
-    python benchmarks/record.py                         # the table alone
+    python benchmarks/record.py                         # the tables alone
 
-A result holds the run's whole summary, each step's settings, times and metrics, and the versions, commit and machine it
-was measured with. Runs are read where they are; paths outside the project are reduced to their names.
+`benchmarks/peers.py` writes results of its own, peers-NAME.json, which make the README's second table. A result
+holds the run's whole summary, each step's settings, times and metrics, and the versions, commit and machine it was
+measured with. Runs are read where they are; paths outside the project are reduced to their names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+OTHERS = ("peers-", "limits")
+"""Results that other benchmarks write; they are no recipe's run."""
 
 
 def result_of(run: Path) -> dict[str, Any]:
@@ -66,13 +68,71 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def peers_table(result: dict[str, Any]) -> str:
+    """One row per contestant, slowest peer or not; ratios are total time over that of our tuned tree."""
+    lines = [
+        "| decoder | exact match | tokens per step | mean, p50, p90 (ms) | tokens/s | peak memory | time over ours |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in result["contestants"].values():
+        latency, low_high = entry["latency_ms"], entry["time_over_ours_range"]
+        per_step = entry["tokens_per_step"]
+        cells = [
+            entry["label"] + settings_text(entry["settings"]),
+            f"{entry['exact_match']:.3f}",
+            "-" if per_step is None else f"{per_step:.2f}",
+            f"{latency['mean']:.1f}, {latency['p50']:.1f}, {latency['p90']:.1f}",
+            f"{entry['tokens_per_s']:.0f}",
+            f"{entry['peak_mb']} MiB",
+            f"**{entry['time_over_ours']:.2f}x** ({low_high[0]:.2f} to {low_high[1]:.2f})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    """What of a contestant was tuned or chosen, in brackets."""
+    given = {**settings.get("generate", {}), **settings.get("speculative", {})}
+    tokens = given.get("prompt_lookup_num_tokens", given.get("num_speculative_tokens"))
+    words = []
+    if tokens is not None:
+        words.append(f"{tokens} tokens")
+    if "nodes" in settings:
+        words.append(f"{settings['nodes']} nodes")
+    if "enforce_eager" in settings:
+        words.append("eager" if settings["enforce_eager"] else "compiled")
+    return f" ({', '.join(words)})" if words else ""
+
+
+def peers_section(results: list[dict[str, Any]]) -> str:
+    """Every committed peers result: what was measured, in one line, and its table."""
+    parts = []
+    for r in results:
+        model, data = r["model"], r["data"]
+        head = (
+            f"`{r['name']}`: {model['parameters'] / 1e6:.1f}M parameters, {model['dtype']}, {r['threads']} threads, "
+            f"{data['prompts']} prompts, {r['trials']} interleaved trials."
+        )
+        parts.append(f"{head}\n\n{peers_table(r)}")
+    return "\n\n".join(parts)
+
+
+def between(text: str, mark: str, body: str) -> str:
+    """`text` with `body` between its marks `<!-- MARK: begin -->` and `end`; unchanged where it has none."""
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    if begin not in text:
+        return text
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{body}\n{end}{tail}"
+
+
 def render() -> str:
-    """The README with its table made from the committed results."""
-    results = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))]
+    """The README with its tables made from the committed results."""
+    loaded = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))}
     text = README.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{table(results)}\n{END}{tail}"
+    text = between(text, "results", table([r for name, r in loaded.items() if not name.startswith(OTHERS)]))
+    return between(text, "peers", peers_section([r for name, r in loaded.items() if name.startswith("peers-")]))
 
 
 def main() -> None:

@@ -7,12 +7,18 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gorgon.config import STEPS, StepConfig, build, parse_value
-from gorgon.errors import GorgonError, MissingDependencyError
+from gorgon.bench.commands import register as register_bench
+from gorgon.cloud.commands import register as register_cloud
+from gorgon.config import STEPS, ExportConfig, ImportConfig, StepConfig, build, nearest, parse_value
+from gorgon.errors import ConfigError, GorgonError
+from gorgon.serve.commands import register as register_serve
+
+if TYPE_CHECKING:
+    from gorgon.artifacts import StepResult
 
 app = typer.Typer(
     name="gorgon",
@@ -77,22 +83,44 @@ for _step, _kind in STEPS.items():
     app.command(_step)(_step_command(_step, _kind))
 
 
+@app.command("step")
+def step_(
+    name: Annotated[str, typer.Argument(help="The step to run, such as train-heads.")],
+    base_dir: Annotated[Path, typer.Option(help="A directory laid out like SageMaker's /opt/ml.")] = Path("/opt/ml"),
+) -> None:
+    """Runs a step as a job: inputs, checkpoints and results where a SageMaker container has them."""
+    from gorgon.cloud.container import run_in_container
+    from gorgon.pipeline import run_one
+
+    run_in_container(name, base_dir, run_one)
+
+
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a built-in recipe.")],
     assignments: SetOption = [],  # noqa: B006 - typer copies it
     out: Annotated[Path | None, typer.Option(help="Directory for all steps [runs/NAME].")] = None,
     force: ForceFlag = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved steps and stop.")] = False,
+    on: Annotated[str, typer.Option(help="local, job (here, as a container would) or sagemaker.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print resolved steps, or API calls, and stop.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Runs a recipe: its steps in order, each reused when nothing changed."""
     from gorgon.interrupts import graceful
-    from gorgon.pipeline import find_recipe, load_recipe, run_recipe
+    from gorgon.pipeline import PLACES, find_recipe, load_recipe, run_elsewhere, run_recipe
 
     path = find_recipe(recipe)
     directory = out if out is not None else Path("runs") / path.stem
     loaded = load_recipe(path, assignments, directory)
+    if on not in PLACES:
+        raise ConfigError([f"'--on {on}': {nearest(on, PLACES)}"])
+    if on != "local" and force:
+        raise ConfigError(
+            ["'--force' is for steps that run in this process"], hint="choose another --out to start over"
+        )
+    if on != "local":
+        _print_json(run_elsewhere(loaded, directory, on=on, recipe_file=path, dry_run=dry_run))
+        return
     if dry_run:
         steps = {step: config.model_dump(mode="json") for step, config in loaded.steps.items()}
         _print_json({"name": loaded.name, "description": loaded.description, "out": str(directory), "steps": steps})
@@ -120,7 +148,7 @@ def quickstart(
     as_json: JsonFlag = False,
 ) -> None:
     """Runs the built-in recipe `quickstart`: everything, on the embedded model and sample, in a few minutes."""
-    run("quickstart", assignments, out, force, False, as_json)
+    run("quickstart", assignments, out, force, as_json=as_json)
 
 
 def _print_summary(summary: dict[str, Any], directory: Path) -> None:
@@ -196,6 +224,54 @@ def generate(
         _print_json(answers)
 
 
+@app.command("export")
+def export_(
+    model: Annotated[str, typer.Argument(help="Directory that `train-heads` or `tune` wrote.")],
+    format_: Annotated[str, typer.Option("--format", help="tgi, vllm or medusa (FasterDecoding).")],
+    out: OutOption,
+    backbone_path: Annotated[
+        str | None, typer.Option(help="Where the server will find the backbone [tgi: /opt/ml/model/base-model].")
+    ] = None,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Writes heads and backbone as TGI, vLLM or FasterDecoding/Medusa read them, and says how to serve them."""
+    from gorgon.models.export import export_model
+
+    values = {"model": model, "format": format_, "backbone_path": backbone_path}
+    result = export_model(build(ExportConfig, values, step="export"), out, force=force)
+    _print_result(result, as_json)
+    if not as_json:
+        metrics = result.manifest["metrics"]
+        print(f"read by {metrics['read_by']}\n  {metrics['serve']}")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="Published heads: a directory, a file, or a hub id.")],
+    backbone: Annotated[str, typer.Option(help="Backbone they were trained for: a directory or a hub id.")],
+    out: OutOption,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Turns published heads (FasterDecoding, TGI, vLLM) and their backbone into a model directory for `tune`."""
+    from gorgon.models.imports import import_heads
+
+    values = {"source": source, "backbone": backbone}
+    _print_result(import_heads(build(ImportConfig, values, step="import"), out, force=force), as_json)
+
+
+def _print_result(result: StepResult, as_json: bool) -> None:
+    if as_json:
+        _print_json({"directory": str(result.directory), "reused": result.reused, **result.manifest})
+        return
+    from gorgon.progress import say
+
+    for warning in result.manifest["warnings"]:
+        say(f"note: {warning}")
+    print(result.directory)
+
+
 @app.command("inspect")
 def inspect_(
     model: Annotated[str, typer.Argument(help="A model directory, with or without heads, or 'embedded'.")],
@@ -214,107 +290,15 @@ def inspect_(
             print(f"  {key:<24} {value}")
 
 
-@app.command()
-def serve(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory that `tune` wrote; inside a SageMaker container it is known.")
-    ] = None,
-    host: Annotated[str | None, typer.Option(envvar="GORGON_HOST", help="Address to listen on [127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(envvar="GORGON_PORT", help="Port; 0 picks a free one [8000].")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="GORGON_API_KEY", help="Bearer key that requests must show [none].")
-    ] = None,
-    slots: Annotated[int | None, typer.Option(envvar="GORGON_SLOTS", help="Requests decoded together [8].")] = None,
-    context: Annotated[
-        int | None, typer.Option(envvar="GORGON_CONTEXT", help="Tokens that a slot holds [the model's, at most 4096].")
-    ] = None,
-    queue: Annotated[int | None, typer.Option(envvar="GORGON_QUEUE", help="Answers that may wait [64].")] = None,
-    drafts: Annotated[
-        str | None, typer.Option(envvar="GORGON_DRAFTS", help="What is drafted: tuned, ngram or none [tuned].")
-    ] = None,
-    warmup: Annotated[
-        bool | None, typer.Option("--warmup/--no-warmup", help="Decode at every batch size first [warmup].")
-    ] = None,
-    playground: Annotated[
-        bool | None, typer.Option("--playground/--no-playground", help="Serve the page at / [playground].")
-    ] = None,
-    assignments: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any other setting (docs/serving.md); repeatable.")
-    ] = [],  # noqa: B006 - typer copies it
-) -> None:
-    """Serves a model over HTTP: OpenAI's interface, SageMaker's, metrics, and a playground at /."""
-    from gorgon.serve.settings import ServeConfig, container_defaults
+def _export(model: Path, out: Path, form: str) -> object:
+    from gorgon.models.export import export_model
 
-    given = {"model": model, "host": host, "port": port, "api_key": api_key, "slots": slots, "context": context,
-             "queue": queue, "drafts": drafts, "warmup": warmup, "playground": playground}  # fmt: skip
-    values = container_defaults() if model is None else {}
-    values |= {name: value for name, value in given.items() if value is not None}
-    values |= dict(_assignment(text) for text in assignments)
-    if "model" not in values:
-        raise GorgonError("no model is given", field="model", hint="gorgon serve runs/quickstart/tune")
-    config = build(ServeConfig, values, step="serve")
-    try:
-        from gorgon.serve.server import serve as run_server
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            "the server's packages are not installed", field=error.name, hint="pip install 'gorgon-llm[serve]'"
-        ) from error
-    run_server(config)
+    return export_model(build(ExportConfig, {"model": str(model), "format": form}, step="export"), out)
 
 
-@app.command()
-def bench(
-    url: Annotated[str, typer.Argument(help="Address of a server, such as http://127.0.0.1:8000.")],
-    api: Annotated[str, typer.Option(help="Interface: openai, invocations (SageMaker) or tgi.")] = "openai",
-    clients: Annotated[str, typer.Option(help="Clients of each level, each waiting for its answers.")] = "1,2,4,8",
-    rate: Annotated[str, typer.Option(help="Requests per second of further levels, sent without waiting.")] = "",
-    requests: Annotated[int, typer.Option(min=1, help="Requests of a level.")] = 64,
-    prompts: Annotated[Path | None, typer.Option(help="Text file (one per line) or JSONL [four built in].")] = None,
-    reference: Annotated[Path | None, typer.Option(help="JSONL with the answers to compare with.")] = None,
-    model: Annotated[str | None, typer.Option(help="Name of the model, where the server asks for one.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="GORGON_API_KEY", help="Bearer key.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 128,
-    warmup: Annotated[int, typer.Option(min=0, help="Requests before the first level.")] = 4,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a server may be silent.")] = 120.0,
-    out: Annotated[Path | None, typer.Option(help="Directory for load.json, load.html and answers.jsonl.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Measures a server under load: throughput, latency percentiles, errors, and whether answers stay the same."""
-    from gorgon.bench.load import Level
-    from gorgon.bench.load_client import PATHS
-    from gorgon.bench.load_run import bench as run_bench
-    from gorgon.interrupts import graceful
-
-    if api not in PATHS:
-        raise GorgonError("no such interface", field="api", value=api, allowed=", ".join(PATHS))
-    levels = [Level(requests, clients=int(n)) for n in _numbers(clients, "clients")]
-    levels += [Level(requests, rate=n) for n in _numbers(rate, "rate")]
-    with graceful():
-        document = run_bench(
-            url, api=api, levels=levels, prompts=prompts, model=model, api_key=api_key, max_tokens=max_tokens,  # type: ignore[arg-type]
-            warmup=warmup, timeout_s=timeout, reference=reference, out=out,
-        )  # fmt: skip
-    if as_json:
-        _print_json(document)
-    elif out is not None:
-        print(out / "load.html")
-
-
-def _numbers(text: str, field: str) -> list[float]:
-    try:
-        numbers = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        numbers = [-1.0]
-    if any(not 0 < n < 10_000 or (field == "clients" and n != int(n)) for n in numbers):
-        raise GorgonError("not a list of positive numbers", field=field, value=text, hint="such as 1,2,4")
-    return numbers
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise GorgonError("--set needs KEY=VALUE", field="--set", value=text)
-    return key.strip().replace("-", "_"), parse_value(value)
+register_serve(app)
+register_bench(app)
+register_cloud(app, _recipe, _export)
 
 
 @app.callback(invoke_without_command=True)

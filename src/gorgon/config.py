@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -161,6 +161,21 @@ class CompareConfig(StepConfig):
     seed: int = Field(42, description="Seed of the prompt choice.")
 
 
+class ExportConfig(StepConfig):
+    """A model directory in the layout of another program."""
+
+    model: str = Field(description="Directory that `train-heads` or `tune` wrote.")
+    format: Literal["tgi", "vllm", "medusa"] = Field(description="Whose layout.")
+    backbone_path: str | None = Field(None, description="Where the server will find the backbone.")
+
+
+class ImportConfig(StepConfig):
+    """Published heads as a model directory."""
+
+    source: str = Field(description="Directory, file or hub id of the heads.")
+    backbone: str = Field(description="Directory or hub id of the backbone they were trained for.")
+
+
 STEPS: dict[str, type[StepConfig]] = {
     "prepare": PrepareConfig,
     "finetune": FinetuneConfig,
@@ -183,7 +198,11 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def _problem(prefix: str, kind: type[StepConfig], error: Mapping[str, Any]) -> str:
     path = ".".join([prefix, *(str(part) for part in error["loc"])])
     if error["type"] == "extra_forbidden":
-        return f"unknown key '{path}': {nearest(str(error['loc'][0]), list(kind.model_fields))}"
+        known: Sequence[str] = list(kind.model_fields)
+        for part in error["loc"][:-1]:  # a section inside the section
+            inner = kind.model_fields[str(part)].annotation
+            known = list(next((k for k in (inner, *get_args(inner)) if hasattr(k, "model_fields")), kind).model_fields)
+        return f"unknown key '{path}': {nearest(str(error['loc'][-1]), known)}"
     return f"'{path}': {error['msg'][0].lower()}{error['msg'][1:]}, given {error['input']!r}"
 
 

@@ -101,6 +101,14 @@ class MissingDependencyError(GorgonError):
     """An optional package or a device that a setting asks for is not there."""
 
 
+class CloudError(GorgonError):
+    """AWS refused a request, lacks something, or a job or endpoint there failed."""
+
+
+class BudgetError(CloudError):
+    """What was asked for costs more than the recipe's limit."""
+
+
 class Interrupted(GorgonError):  # noqa: N818 - a request to stop, not a fault
     """SIGTERM or SIGINT was received; what was finished is kept where the message says.
 

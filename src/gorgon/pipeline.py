@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gorgon.artifacts import StepResult
+from gorgon.cloud.config import SageMakerConfig
 from gorgon.config import (
     EMBEDDED,
     STEPS,
@@ -26,8 +27,11 @@ from gorgon.config import (
 from gorgon.errors import ConfigError
 from gorgon.progress import say
 
+PLACES = ("local", "job", "sagemaker")
+"""Where a recipe can run."""
 RECIPES = Path(__file__).parent / "recipes"
-RECIPE_KEYS = ("name", "description", "model", *STEPS)
+CLOUD = "sagemaker"
+RECIPE_KEYS = ("name", "description", "model", *STEPS, CLOUD)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Recipe:
     name: str
     description: str
     steps: dict[str, StepConfig]
+    sagemaker: SageMakerConfig = field(default_factory=SageMakerConfig)
+    model: str = EMBEDDED
 
 
 def find_recipe(name: str) -> Path:
@@ -68,17 +74,19 @@ def load_recipe(path: Path, assignments: Sequence[str], out: Path) -> Recipe:
     problems = [f"unknown key '{k}' in {path}: {nearest(k, RECIPE_KEYS)}" for k in document if k not in RECIPE_KEYS]
     problems += [
         f"'{step}' in {path} must be a mapping of settings; {{}} takes every default"
-        for step in STEPS
+        for step in (*STEPS, CLOUD)
         if not isinstance(document.get(step, {}), dict)
     ]
-    sections = {step: dict(document[step]) for step in STEPS if isinstance(document.get(step), dict)}
+    sections = {step: dict(document[step]) for step in (*STEPS, CLOUD) if isinstance(document.get(step), dict)}
     model = str(document.get("model", EMBEDDED))
     for key, value in parse_assignments(assignments).items():
         step, dot, name = key.partition(".")
         if key == "model":
             model = str(value)
-        elif step not in STEPS:
-            problems.append(f"unknown key '{key}' in --set: {nearest(step, ['model', *STEPS])}")
+        elif step not in (*STEPS, CLOUD):
+            problems.append(f"unknown key '{key}' in --set: {nearest(step, ['model', *STEPS, CLOUD])}")
+        elif dot and step == CLOUD:
+            _assign(sections.setdefault(step, {}), name, value)
         elif dot:
             sections.setdefault(step, {})[name] = value
         elif value is None:
@@ -88,6 +96,11 @@ def load_recipe(path: Path, assignments: Sequence[str], out: Path) -> Recipe:
                 f"'--set {key}=...' needs a setting, as in {key}.NAME=VALUE (or {key}=null to leave it out)"
             )
     steps: dict[str, StepConfig] = {}
+    cloud = SageMakerConfig()
+    try:
+        cloud = build(SageMakerConfig, sections.pop(CLOUD, {}), step=CLOUD)
+    except ConfigError as error:
+        problems.extend(error.problems)
     for step, values in _wired(sections, model, out).items():
         try:
             steps[step] = build(STEPS[step], values, step=step)
@@ -97,7 +110,18 @@ def load_recipe(path: Path, assignments: Sequence[str], out: Path) -> Recipe:
         problems.append(f"{path} has no steps; give at least one of: {', '.join(STEPS)}")
     if problems:
         raise ConfigError(problems, hint="`gorgon STEP --help` lists a step's settings with their defaults")
-    return Recipe(str(document.get("name", path.stem)), str(document.get("description", "")).strip(), steps)
+    return Recipe(
+        str(document.get("name", path.stem)), str(document.get("description", "")).strip(), steps, cloud, model
+    )
+
+
+def _assign(section: dict[str, Any], name: str, value: Any) -> None:
+    """`endpoint.instance_type=x` sets one setting of the section inside the section."""
+    outer, dot, inner = name.partition(".")
+    if dot and isinstance(section.get(outer, {}), dict):
+        section[outer] = {**section.get(outer, {}), inner: value}
+    else:
+        section[name] = value
 
 
 def _wired(sections: Mapping[str, dict[str, Any]], model: str, out: Path) -> dict[str, dict[str, Any]]:
@@ -136,6 +160,30 @@ def run_recipe(recipe: Recipe, out: Path, *, force: bool = False) -> dict[str, S
         for warning in done.manifest.get("warnings", []):
             say(f"      note: {warning}")
     return results
+
+
+def run_elsewhere(recipe: Recipe, out: Path, *, on: str, recipe_file: Path, dry_run: bool) -> dict[str, Any]:
+    """Runs a recipe's steps as jobs: `job` here, in directories laid out like /opt/ml, or `sagemaker` there.
+
+    Args: dry_run: show the jobs, or every API call, instead.
+    Returns: where each step's result is, or what would be done.
+    """
+    if on == "job":
+        from gorgon.cloud.local import run_chain
+        from gorgon.cloud.plan import plan_jobs
+
+        jobs = plan_jobs(recipe.steps, out, run=recipe.name, stamp="local")
+        if dry_run:
+            return {"name": recipe.name, "jobs": [{"argv": j.argv(out / j.step), **asdict(j)} for j in jobs]}
+        return {step: str(path) for step, path in run_chain(jobs, out).items()}
+    from gorgon.cloud.submit import CloudRun, after_jobs, run_jobs
+    from gorgon.cloud.submit import dry_run as show_calls
+
+    cloud_run = CloudRun(recipe.name, recipe.steps, recipe.sagemaker, out, recipe_file, recipe.model)
+    if dry_run:
+        return show_calls(cloud_run)
+    results = run_jobs(cloud_run)
+    return {**results, **after_jobs(cloud_run, results)}
 
 
 def run_one(config: StepConfig, out: Path, *, force: bool = False) -> StepResult:

@@ -9,10 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.cloud_plane.fixtures import image, plane  # noqa: F401 - fixtures of the tests against SageMaker's stand-in
+
 SMALL = (
     "prepare.rows=400", "finetune.max_steps=12", "finetune.eval_steps=12", "finetune.eval_rows=16", "distill.rows=250",
     "train-heads.heads=3", "train-heads.epochs=8", "train-heads.evaluations=2", "tune.prompts=12", "tune.max_nodes=16",
     "tune.trials=3", "compare.prompts=12", "compare.trials=2", "compare.warmup_prompts=2", "compare.examples=2",
+    "tune.steps=eager", "compare.steps=eager",  # compiled steps have tests of their own and take half a minute
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 from gorgon.core.tree import DraftTree
 from gorgon.data.chat import encode_prompt
 from gorgon.data.examples import read_examples
-from gorgon.decode.engine import load_engine
+from gorgon.decode.load import load_engine
 from tests.e2e.conftest import gorgon
 
 pytestmark = pytest.mark.xdist_group("trained")
@@ -57,17 +57,17 @@ def test_every_tree_gives_the_text_of_transformers_generate(trained):
     model = engine.backbone.model
     examples = read_examples(trained.out / "prepare" / "test.jsonl")[:20]
     trees = [
-        DraftTree(), DraftTree.chain(3), DraftTree.of([], ngram=6), engine.tree,
+        DraftTree(), DraftTree.chain(3), DraftTree.of([], ngram=6),
         DraftTree.of([(0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, 1, 0)], ngram=4),
     ]  # fmt: skip
-    engines = [engine.with_tree(tree) for tree in trees]
+    engines = [engine, *(engine.with_tree(tree) for tree in trees)]
     accepted = 0
     for example in examples:
         prompt = encode_prompt(engine.backbone.tokenizer, example.messages)
         ids = torch.tensor([prompt])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60)
         for sibling in engines:
-            generation = sibling.generate(prompt, max_new_tokens=60)
+            generation = sibling.answer(prompt, max_new_tokens=60)
             assert generation.token_ids == expected[0, len(prompt) :].tolist()
             accepted += sum(node > 0 for node in generation.step_nodes)
     assert accepted > 100, "drafts must be accepted, or this test shows nothing"
@@ -100,7 +100,7 @@ def test_generate_answers_files_and_stops(trained, tmp_path):
 
 def test_inspect_shows_heads_and_tree(trained):
     facts = json.loads(gorgon("inspect", trained.out / "tune", "--json").stdout)
-    assert facts["heads"]["count"] == 3 and facts["tree"]["nodes"] >= 1
+    assert facts["heads"]["count"] == 3 and facts["tree"]["drafters"][0]["nodes"] >= 1
     assert "heads" in gorgon("inspect", "embedded").stdout
 
 

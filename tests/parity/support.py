@@ -1,5 +1,6 @@
 """What the parity tests share: tiny random models of many families, and a drafter that knows the answers."""
 
+import copy
 import functools
 import random
 
@@ -67,11 +68,23 @@ FAMILIES = {
     "cohere2": ("cohere2", {"logit_scale": 0.25, "sliding_window": WINDOW, "layer_types": MIXED}),
     "starcoder2": ("starcoder2", {"sliding_window": WINDOW}),
     "stablelm": ("stablelm", {}),
+    "falcon": ("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "deepseek-v3": ("deepseek_v3", {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 16, "v_head_dim": 8,
+                                    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "n_routed_experts": 4, "n_group": 1,
+                                    "topk_group": 1, "first_k_dense_replace": 1, **EXPERTS}),
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": CONTEXT}),
-    "gpt-oss": ("gpt_oss", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED, "num_local_experts": 4, **EXPERTS}),
+    "gpt-oss": ("gpt_oss", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED, "num_local_experts": 4,
+                            **EXPERTS}),
     "mixtral": ("mixtral", {"num_local_experts": 4, **EXPERTS}),
     "qwen3-moe": ("qwen3_moe", {"head_dim": 8, "num_experts": 4, **EXPERTS}),
 }  # fmt: skip
+ONE_LAYER = {
+    "llama, one layer": ("llama", {"num_hidden_layers": 1}),
+    "gemma2, one layer": ("gemma2", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED[:1],
+                                     "num_hidden_layers": 1, "final_logit_softcapping": 2.0}),
+}  # fmt: skip
+"""For steps that are compiled, which costs seconds a layer."""
 
 
 def config_of(model_type, **extra):
@@ -81,16 +94,16 @@ def config_of(model_type, **extra):
 
 @functools.cache
 def _model(family):
-    model_type, extra = FAMILIES[family]
+    model_type, extra = (FAMILIES | ONE_LAYER)[family]
     config = config_of(model_type, **extra)
     torch.manual_seed(sum(map(ord, family)))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_of(config))
     return model.eval().requires_grad_(False)
 
 
-def backbone_of(family, *, eos=1):
-    """A fresh backbone object on the family's one tiny model."""
-    model = _model(family)
+def backbone_of(family, *, eos=1, own=False):
+    """A fresh backbone object on the family's one tiny model, or on a copy to be changed."""
+    model = copy.deepcopy(_model(family)) if own else _model(family)
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
     return Backbone(family, model, Tokenizer(), torch.device("cpu"), torch.float32)
 

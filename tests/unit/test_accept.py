@@ -1,5 +1,7 @@
 """Acceptance equals plain decoding, whatever the drafts are."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,7 +47,7 @@ def test_any_drafts_give_the_text_of_plain_decoding(tree, data):
         nodes, next_token = accepted(tokens, choices, tree.parents)
         context += [tokens[n] for n in nodes[1:]] + [next_token]
         assert context == plain[: len(context)]
-        assert all(tree.parents[b] == a for a, b in zip(nodes, nodes[1:], strict=False))
+        assert all(tree.parents[b] == a for a, b in pairwise(nodes))
 
 
 def test_nothing_accepted_still_gives_the_backbones_own_token():

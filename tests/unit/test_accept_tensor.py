@@ -1,5 +1,7 @@
 """Acceptance of many trees at once equals a slow, literal reading of the rule, and never waits for the device."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,13 +16,13 @@ NOT_CHOSEN = -2
 
 
 def literally(draft, choices):
-    """Every node is tried: is each token on its way the choice at its parent? The deepest such node, the first of equals."""
+    """The deepest node whose every token on the way is the choice at its parent, the first of equals; all are tried."""
     best, best_path = 0, [0]
     for node in range(draft.nodes):
         path = [node]
         while path[0] != 0:
             path.insert(0, draft.parents[path[0]])
-        right = all(draft.tokens[b] == choices[a] for a, b in zip(path, path[1:], strict=False))
+        right = all(draft.tokens[b] == choices[a] for a, b in pairwise(path))
         if right and len(path) > len(best_path):
             best, best_path = node, path
     return best, best_path

@@ -59,7 +59,11 @@ class FakeContestants:
         }  # fmt: skip
 
     def example_step(self, prompt_ids):
-        return {"parents": [0, 0, 1, 0], "texts": ["SELECT", " $na", "me$", HOSTILE], "accepted": [True, True, True, False]}
+        return {
+            "parents": [0, 0, 1, 0],
+            "texts": ["SELECT", " $na", "me$", HOSTILE],
+            "accepted": [True, True, True, False],
+        }
 
     def blocks(self, answer):
         from gorgon.bench.contestants import Contestants
@@ -81,8 +85,10 @@ def directories(tmp_path, monkeypatch):
         "trees": [{"batch_size": 1, "kind": "static", "paths": [[0], [0, 0], [1]], "ngram": 2, "nodes": 6,
                    "mean_nodes": 5.5, "tokens_per_step": 2.1, "step_ms": 2.4, "plain_step_ms": 1.9}],
         "cost_curves": {"1": [{"nodes": 1, "step_ms": 1.9}, {"nodes": 8, "step_ms": 2.4}]},
-        "candidates": [{"kind": "static", "nodes": 6, "mean_nodes": 5.5, "ngram": 2, "tokens_per_step": 2.1, "step_ms": 2.4, "tokens_per_s": 900.0},
-                       {"kind": "static", "nodes": 4, "mean_nodes": 4, "ngram": 0, "tokens_per_step": 1.9, "step_ms": 2.3, "tokens_per_s": 850.0}],
+        "candidates": [{"kind": "static", "nodes": 6, "mean_nodes": 5.5, "ngram": 2,
+                        "tokens_per_step": 2.1, "step_ms": 2.4, "tokens_per_s": 900.0},
+                       {"kind": "static", "nodes": 4, "mean_nodes": 4, "ngram": 0,
+                        "tokens_per_step": 1.9, "step_ms": 2.3, "tokens_per_s": 850.0}],
         "best_by_nodes": [{"nodes": 5, "ngram": 2, "tokens_per_step": 2.0}],
         "rank_statistics": {"positions": 10, "paths": shares},
     }  # fmt: skip
@@ -234,6 +240,16 @@ def check_page(page):
     assert "@import" not in page
     assert "#0102" not in page  # every stand-in colour was replaced
     assert page.count("<svg") == page.count('role="img"') == page.count("<desc id=")
+
+
+def test_imported_heads_have_no_training_to_show(directories, tmp_path, monkeypatch):
+    answer_with(monkeypatch)
+    (directories[0] / "heads.json").unlink()
+    (directories[0] / "gorgon.json").write_text('{"format": 1, "head_kind": "medusa", "imported_from": "a/b"}')
+    compare(config(directories), tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["heads"] == {"top1": [], "accuracy": [], "evaluations": []}
+    assert "heads-heading" not in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_a_replay_is_what_the_engine_does_step_by_step(setting, kind, coverage):
     assert (vocabulary is None) == (coverage == 1.0)
     vocabulary_U = None if vocabulary is None else torch.tensor(vocabulary)
     engine = Engine(engine.backbone, engine.heads, PLAIN, vocabulary_U)
-    recordings = [record(engine, p, a, 4) for p, a in zip(prompts, answers, strict=True)]
+    recordings = [record(engine, p, a, 6) for p, a in zip(prompts, answers, strict=True)]
     ngram = 0 if kind == "heads" else 5
     if kind == "dynamic":
         rates = count_acceptance(recordings, 3).rates()

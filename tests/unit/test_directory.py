@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gorgon.core.heads import MedusaHeads
+from gorgon.decode.load import read_drafters
 from gorgon.errors import ModelError, ShapeError
 from gorgon.models.backbone import load_backbone, load_tokenizer, resolve_model
-from gorgon.decode.load import read_drafters
 from gorgon.models.directory import HEADS_FILE, base_model, load_heads, read_tree_file, write_model_directory
 from gorgon.models.inspect import inspect_model
 
@@ -151,8 +151,10 @@ def test_an_empty_directory_is_no_model(tmp_path):
         ('{"format": 2, "trees": [{"batch_size": 1, "kind": "static", "paths": 3, "ngram": 0}]}', ModelError),
         ('{"format": 2, "trees": [{"batch_size": 1, "kind": "magic"}]}', ModelError),
         ('{"format": 2, "acceptance": [[[2.0]]], "trees": []}', ModelError),
-        ('{"format": 2, "trees": [{"batch_size": 1, "kind": "dynamic", "nodes": 4, "threshold": 0.1, "width": 2}]}',
-         ModelError),
+        (
+            '{"format": 2, "trees": [{"batch_size": 1, "kind": "dynamic", "nodes": 4, "threshold": 0.1, "width": 2}]}',
+            ModelError,
+        ),
     ],
 )
 def test_tree_files(tmp_path, content, error):

@@ -25,6 +25,7 @@ from gorgon.bench.workload import Prompt, load_prompts
 from gorgon.config import CompareConfig
 from gorgon.core.tree import DraftTree
 from gorgon.errors import DataError, GorgonError
+from gorgon.models.directory import is_imported
 from gorgon.progress import say
 
 MARGINS = 20
@@ -39,14 +40,17 @@ def compare(config: CompareConfig, out: Path, *, force: bool = False) -> StepRes
         prompt does not fit; Interrupted; what loading the model raises.
     """
     tree_file = require_step_file(config.model, "tree.json", field="model", step="tune")
-    heads_file = require_step_file(config.model, "heads.json", field="model", step="train-heads")
     test_file = require_step_file(config.data, "test.jsonl", field="data", step="prepare")
 
+    trained = not is_imported(tree_file.parent)
+    if trained:
+        require_step_file(config.model, "heads.json", field="model", step="train-heads")
+
     def body(run: StepRun) -> None:
-        tuned, heads = (
-            read_document(tree_file, "trees", "tune"),
-            read_document(heads_file, "evaluations", "train-heads"),
-        )
+        tuned = read_document(tree_file, "trees", "tune")
+        heads: dict[str, Any] = {"evaluations": []}
+        if trained:
+            heads = read_document(tree_file.with_name("heads.json"), "evaluations", "train-heads")
         with run.timed("load"):
             contestants = Contestants.load(
                 tree_file.parent, dtype=config.dtype, steps=config.steps,
@@ -147,7 +151,7 @@ def summarize(
         gains[f"vs_{other}"], gains[f"vs_{other}_range"] = speedup(ours, series[other])
     gains["plain_vs_transformers"], gains["plain_vs_transformers_range"] = speedup(series[PLAIN], series[TRANSFORMERS])
     # the heads that were kept are those of the best evaluation, not of the last
-    best = min(heads["evaluations"], key=lambda e: e["loss"])
+    best: dict[str, Any] = min(heads["evaluations"], key=lambda e: e["loss"], default={"accuracy": []})
     texts = {name: [a.text for a in series[name].answers] for name in (PLAIN, TRANSFORMERS)}
     return {
         "format": 1,

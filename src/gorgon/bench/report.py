@@ -111,12 +111,13 @@ def _figures(summary: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -
         "latency": figures.latency(medians),
         "paired": figures.paired(medians[PLAIN], medians[MEDUSA]),
         "accepted": figures.accepted(summary["accepted_histogram"]),
-        "heads": figures.head_accuracy(heads["accuracy"]),
-        "learning": figures.learning(heads["evaluations"]),
         "cost": figures.step_cost(tree["cost_curve"], round(tree["mean_nodes"])),
         "candidates": figures.candidate_rates(tree["candidates"], tree),
         "tree": step_tree(tree["example"]) if tree["kind"] == "dynamic" else static_tree(tree),
     }
+    if heads["evaluations"]:  # imported heads come without
+        made["heads"] = figures.head_accuracy(heads["accuracy"])
+        made["learning"] = figures.learning(heads["evaluations"])
     return {name: Markup(text) for name, text in made.items()}  # noqa: S704  our own SVG, its texts escaped by svg.py
 
 

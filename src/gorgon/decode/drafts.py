@@ -54,7 +54,9 @@ class StaticDrafter:
                 draft.add(token, draft.nodes - 1)
             return draft
         tokens = [root]
-        if choices is not None:
+        if self._places:
+            if choices is None:  # the step before read no heads, as after a change of drafters
+                return Draft(tokens)
             table = choices.tokens
             tokens += [table[head][rank] for head, rank in self._places]
         tokens += copied

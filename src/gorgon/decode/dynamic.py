@@ -42,7 +42,8 @@ class DynamicDrafter:
         rates_by_depth: list[list[tuple[int, list[float]]]] = []
         if choices is not None:
             for rates, found, logprobs in zip(self.rates, choices.tokens, choices.logprobs, strict=False):
-                rates_by_depth.append([(t, rates[bin_of(p)]) for t, p in zip(found, logprobs, strict=True)])
+                pairs = zip(found[: self.width], logprobs, strict=False)
+                rates_by_depth.append([(t, rates[bin_of(p)]) for t, p in pairs])
         # Heap entries: minus the path's rate, the parent, the token, the tokens before it.
         heap: list[tuple[float, int, int, tuple[int, ...]]] = []
         self._grow(heap, rates_by_depth, 0, 0, 1.0, context.tail(), context)

@@ -55,7 +55,7 @@ class Engine:
             if drafter.width > size:
                 raise ModelError("a rank of the tree exceeds the vocabulary", field="tree", value=drafter.width - 1,
                                  allowed=f"0 to {size - 1}")  # fmt: skip
-        self._steppers: dict[tuple[int, int], Stepper] = {}
+        self._steppers: dict[bool, Stepper] = {}
         self._single: Slots | None = None
 
     def with_drafter(self, drafters: Drafter | Mapping[int, Drafter]) -> Engine:
@@ -91,15 +91,16 @@ class Engine:
         return self.drafters[next((s for s in sizes if s >= batch), sizes[-1])]
 
     def stepper(self, batch: int) -> Stepper:
-        """The step functions for that drafter; they read only the heads that it needs."""
-        drafter = self.drafter(batch)
-        key = (drafter.heads, drafter.width)
-        if key not in self._steppers:
-            heads = None
-            if self.heads is not None and drafter.heads:
-                heads = PackedHeads(self.heads, drafter.heads, self.vocabulary_U)
-            self._steppers[key] = Stepper(self.backbone, heads, drafter.width, self.vocabulary_U)
-        return self._steppers[key]
+        """The step functions for that drafter: they read the heads for all drafters alike, or none if it needs none."""
+        reads = self.drafter(batch).heads > 0
+        if reads not in self._steppers:
+            heads, width = None, 0
+            if self.heads is not None and reads:
+                most = max(d.heads for d in self.drafters.values())
+                heads = PackedHeads(self.heads, most, self.vocabulary_U)
+                width = max(d.width for d in self.drafters.values())
+            self._steppers[reads] = Stepper(self.backbone, heads, width, self.vocabulary_U)
+        return self._steppers[reads]
 
     def visible(self, needed: int, capacity: int) -> int:
         """Cache rows that a step reads: what it needs, in large units where steps are captured by shape."""

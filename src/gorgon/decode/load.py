@@ -35,9 +35,18 @@ def load_engine(
     Raises: ModelError for an incomplete directory, tensors that do not fit, or no tuned tree.
     """
     backbone = load_backbone(base_model(model), dtype=dtype)
+    engine = engine_on(backbone, model, drafters)
+    backbone.run_steps(steps)
+    return engine
+
+
+def engine_on(backbone: Backbone, model: str | Path, drafters: Drafter | Mapping[int, Drafter] | None = None) -> Engine:
+    """The engine of a model directory on a backbone that is loaded already.
+
+    Raises: as `load_engine`.
+    """
     heads = load_heads(model, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
     heads = heads.to(device=backbone.device, dtype=backbone.dtype)
-    backbone.run_steps(steps)
     if drafters is not None:
         return Engine(backbone, heads, drafters)
     document = read_tree_file(model)

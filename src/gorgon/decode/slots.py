@@ -145,8 +145,10 @@ class Slots:
     def use(self, engine: Engine) -> None:
         """From now on steps draft as this engine does; same weights, drafts no larger than the cache was made for."""
         assert engine.backbone is self.engine.backbone and self.context + engine.most_nodes <= self._cache.capacity
-        for running in self.running if engine.copies else ():
-            running.read_context()
+        for running in self.running:
+            running.choices = None  # they may be too few for the new drafters
+            if engine.copies:
+                running.read_context()
         self.engine = engine
 
     def admit(self, request: Request, *, stream: int = 0) -> Running:

@@ -71,6 +71,7 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
     entries: list[dict[str, Any]] = []
     found: dict[int, list[tuple[Candidate, float]]] = {}
     considered: dict[int, list[Candidate]] = {}
+    best_static: dict[int, Candidate] = {}
     curves: dict[int, dict[int, float]] = {}
     for batch in sorted(set(config.batch_sizes)):
         with run.timed(f"step times, batch {batch}"):
@@ -82,6 +83,7 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
             finalists = [*static[:FINALISTS], *dynamic[:FINALISTS]]
             finalists += [] if any(c.plain for c in finalists) else [plain]
             found[batch] = _decode(engine, finalists, recordings, batch, config)
+        best_static[batch] = static[0]
         considered[batch] = sorted([*static, *dynamic], key=lambda c: -c.tokens_per_s)
         best, speed = max(found[batch], key=lambda pair: pair[1])
         plain_speed = next(s for c, s in found[batch] if c.plain)
@@ -117,6 +119,7 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
                 str(b): [{"nodes": n, "step_ms": round(ms, 4)} for n, ms in sorted(c.items())]
                 for b, c in curves.items()
             },
+            "best_static": best_static[first].describe(),
             "candidates": [c.as_json() for c in considered[first]],
             "finalists": {
                 str(b): [{**c.as_json(), "measured_tokens_per_s": round(speed, 1)} for c, speed in pairs_]

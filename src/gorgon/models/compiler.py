@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 from gorgon.config import StepMode
@@ -60,7 +60,9 @@ def step_function(function: TensorFunction, mode: StepMode) -> TensorFunction:
         recorded: TensorFunction = torch.compile(function, backend="eager", dynamic=True)
         return recorded
     # Freezing makes the weights constants, so that oneDNN packs them for products of few rows and the compiler joins
-    # projections of the same input. It keeps packed copies: see `LARGEST_COMPILED`.
-    options: dict[str, Any] = {"freezing": True, "cpp.enable_concat_linear": True}
-    compiled: TensorFunction = torch.compile(function, dynamic=True, options=options)
+    # projections of the same input. It keeps packed copies: see `LARGEST_COMPILED`. The setting is global because the
+    # tracer reads it before an option of `torch.compile` takes effect.
+    torch._inductor.config.freezing = True
+    torch._inductor.config.cpp.enable_concat_linear = True
+    compiled: TensorFunction = torch.compile(function, dynamic=True)
     return compiled

@@ -36,7 +36,7 @@ def write_model_directory(
 
     Args: backbone_dir: a directory, or a hub id that transformers has in its cache.
     """
-    source = _local_backbone(backbone_dir)
+    source = local_backbone(backbone_dir)
     link_tree(source, out / BASE, skip=frozenset({"manifest.json", "tensorboard", "README.md"}))
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
@@ -57,16 +57,57 @@ def write_model_directory(
     write_json(out / "gorgon.json", {"format": FORMAT, "head_kind": "medusa", **provenance})
 
 
-def _local_backbone(name: str | Path) -> Path:
+def local_backbone(name: str | Path) -> Path:
+    """The backbone's directory; a hub id is fetched, or taken from the cache.
+
+    Raises: ModelError when the hub does not give it.
+    """
     if Path(name).is_dir():
         return Path(name)
+    return fetch_from_hub(str(name), ["*.json", "*.safetensors", "*.model", "*.jinja"])
+
+
+def fetch_from_hub(name: str, patterns: list[str]) -> Path:
+    """Directory of a hub repository's files that match the patterns.
+
+    Raises: ModelError when it cannot be fetched and is not in the cache.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ModelError(f"cannot fetch '{name}' from the hub", field="model", value=str(name)) from error
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ModelError(f"cannot fetch '{name}' from the hub", field="model", value=name) from error
+
+
+def read_head_kind(directory: str | Path) -> str:
+    """What gorgon.json says the heads are; 'medusa' for a published directory that has none.
+
+    Raises: ModelError when gorgon.json is not valid.
+    """
+    return str(_read_own(directory).get("head_kind", "medusa"))
+
+
+def is_imported(directory: str | Path) -> bool:
+    """Whether `gorgon import` made the heads, so that nothing is known of their training.
+
+    Raises: ModelError when gorgon.json is not valid.
+    """
+    return "imported_from" in _read_own(directory)
+
+
+def _read_own(directory: str | Path) -> dict[str, Any]:
+    path = Path(directory) / "gorgon.json"
+    if not path.is_file():
+        return {}
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON", field="gorgon.json") from error
+    if not isinstance(loaded, dict):
+        raise ModelError(f"{path} is not a JSON object", field="gorgon.json")
+    return loaded
 
 
 def read_model_config(directory: str | Path) -> dict[str, Any]:

@@ -47,9 +47,7 @@ def refuse_unsupported(config: Any, source: str) -> None:
     """
     who = f"'{source}' ({config.model_type})"
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{who} is an encoder-decoder model; Gorgon speeds up decoder-only models", field="model"
-        )
+        raise ModelError(f"{who} is an encoder-decoder model; Gorgon speeds up decoder-only models", field="model")
     decoder = config.get_text_config(decoder=True)
     others = sorted(set(getattr(decoder, "layer_types", None) or []) - LAYERS)
     if others:
@@ -136,10 +134,10 @@ def _try_a_tree(backbone: Backbone) -> None:
 def _through_a_tree(backbone: Backbone, ids_1N: Tensor) -> Tensor:
     """Logits after each of six tokens: three as a prompt, three as the right path of a tree with a wrong branch."""
     cache = TreeCache(int(backbone.text_config.num_hidden_layers), 1, 3 + 4)
-    prompt_1NH = backbone.forward_prompt(cache, ids_1N[:, :3], torch.zeros(1, dtype=torch.long, device=ids_1N.device), 3)
+    start_1, lengths_1 = torch.tensor([[0], [3]], device=backbone.device)
+    prompt_1NH = backbone.forward_prompt(cache, ids_1N[:, :3], start_1, 3)
     wrong_11 = ids_1N[:, :1]
     tokens_1N = torch.cat((ids_1N[:, 3:4], wrong_11, ids_1N[:, 4:]), dim=1)
     depths_1N, bits_1N = torch.tensor([[[0, 1, 1, 2]], [[0b1, 0b11, 0b101, 0b1101]]], device=backbone.device)
-    lengths_1 = torch.tensor([3], device=backbone.device)
     tree_1NH = backbone.forward_tree(cache, tokens_1N, depths_1N, bits_1N, lengths_1, 3 + 4)
     return backbone.logits(torch.cat((prompt_1NH[0], tree_1NH[0, [0, 2, 3]])))

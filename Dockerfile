@@ -1,0 +1,26 @@
+# An image of your own, for training jobs and endpoints alike: needed under network isolation, and where pip may not
+# reach PyPI when a job starts. Not needed otherwise: the pinned AWS images of gorgon/cloud/images.py do.
+#
+#   docker build -t ACCOUNT.dkr.ecr.REGION.amazonaws.com/gorgon:0.1.0 .
+#   docker push ACCOUNT.dkr.ecr.REGION.amazonaws.com/gorgon:0.1.0
+#
+# then `sagemaker.image` and `sagemaker.endpoint.image` in the recipe. Never push it as `latest`: that is refused.
+ARG BASE=pytorch/pytorch:2.9.0-cuda12.8-cudnn9-runtime
+FROM ${BASE}
+
+WORKDIR /opt/gorgon
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY src src
+# The base image's torch fits its CUDA: the constraint keeps pip from replacing it.
+RUN python3 -c 'import torch; print("torch==" + torch.__version__)' > torch.txt \
+ && grep -v '^torch==' constraints.txt > rest.txt \
+ && python3 -m pip install --no-cache-dir --constraint torch.txt --constraint rest.txt '.[gpu]'
+
+ENV PYTHONUNBUFFERED=1 HF_HOME=/opt/ml/cache/huggingface
+# SageMaker starts an endpoint's container with the one word `serve`; a training job's request names its own command.
+RUN printf '%s\n' '#!/bin/sh' \
+  'if [ "$1" = serve ] && [ $# -eq 1 ]; then' \
+  '  set -- serve "${GORGON_MODEL:-/opt/ml/model}" --port "${SAGEMAKER_BIND_TO_PORT:-8080}"' \
+  'fi' \
+  'exec gorgon "$@"' > /usr/local/bin/entry && chmod +x /usr/local/bin/entry
+ENTRYPOINT ["/usr/local/bin/entry"]

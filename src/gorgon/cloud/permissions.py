@@ -1,0 +1,121 @@
+"""Least-privilege IAM policies for a recipe: for whoever runs it, and for the role that its jobs run under."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gorgon.cloud.config import SageMakerConfig
+from gorgon.cloud.images import DLC_ACCOUNT
+from gorgon.cloud.plan import Place
+
+Statement = dict[str, Any]
+
+
+def policies(cloud: SageMakerConfig, place: Place, *, run: str) -> dict[str, Any]:
+    """`caller`, `execution_role` and `trust`: three IAM policy documents."""
+    return {
+        "caller": _policy(_caller(cloud, place, run)),
+        "execution_role": _policy(_execution_role(cloud, place)),
+        "trust": _policy([_trust(place)]),
+    }
+
+
+def _policy(statements: list[Statement]) -> dict[str, Any]:
+    return {"Version": "2012-10-17", "Statement": statements}
+
+
+def _allow(name: str, actions: list[str], resource: str | list[str], **condition: Any) -> Statement:
+    statement: Statement = {"Sid": name, "Effect": "Allow", "Action": actions, "Resource": resource}
+    return {**statement, "Condition": condition} if condition else statement
+
+
+def _caller(cloud: SageMakerConfig, place: Place, run: str) -> list[Statement]:
+    arn = f"arn:{_partition(place.region)}"
+    sagemaker = f"{arn}:sagemaker:{place.region}:{place.account}"
+    kinds = ("training-job", *(("model", "endpoint-config", "endpoint") if cloud.endpoint else ()))
+    named = [f"{sagemaker}:{kind}/{_lower(run)}-*" for kind in kinds]
+    jobs = ["CreateTrainingJob", "DescribeTrainingJob", "StopTrainingJob", "AddTags", "ListTags"]
+    endpoints = [
+        f"{verb}{kind}" for kind in ("Model", "EndpointConfig", "Endpoint") for verb in ("Create", "Describe", "Delete")
+    ] + ["InvokeEndpoint", "InvokeEndpointWithResponseStream"]
+    logs = [f"{arn}:logs:{place.region}:{place.account}:log-group:/aws/sagemaker/{group}*" for group in
+            ("TrainingJobs", *(("Endpoints",) if cloud.endpoint else ()))]  # fmt: skip
+    statements = [
+        _allow("Jobs", [f"sagemaker:{a}" for a in (*jobs, *(endpoints if cloud.endpoint else ()))], named),
+        _allow("Lists", ["sagemaker:ListTrainingJobs", *(["sagemaker:ListEndpoints"] if cloud.endpoint else [])], "*"),
+        _allow(
+            "HandOverRole", ["iam:PassRole"], place.role,
+            StringEquals={"iam:PassedToService": "sagemaker.amazonaws.com"},
+        ),
+        _allow("Logs", ["logs:DescribeLogStreams", "logs:GetLogEvents"], logs),
+        *_s3(place),
+        _allow("Doctor", ["iam:GetRole"], place.role),
+        _allow("Prices", ["pricing:GetProducts", "servicequotas:ListServiceQuotas"], "*"),
+    ]  # fmt: skip
+    if cloud.endpoint is not None and cloud.endpoint.max_instances is not None:
+        scaling = ["RegisterScalableTarget", "PutScalingPolicy", "DeregisterScalableTarget"]
+        statements.append(_allow("Scaling", [f"application-autoscaling:{a}" for a in scaling], "*"))
+    if cloud.kms_key:
+        statements.append(_allow("Key", ["kms:CreateGrant", "kms:DescribeKey"], _key_arn(cloud.kms_key, place)))
+    return statements
+
+
+def _execution_role(cloud: SageMakerConfig, place: Place) -> list[Statement]:
+    arn = f"arn:{_partition(place.region)}"
+    pull = ["ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer", "ecr:BatchCheckLayerAvailability"]
+    accounts = sorted({DLC_ACCOUNT, place.account})
+    logs = ["logs:CreateLogGroup", "logs:CreateLogStream", "logs:PutLogEvents", "logs:DescribeLogStreams"]
+    statements = [
+        *_s3(place),
+        _allow("ImageToken", ["ecr:GetAuthorizationToken"], "*"),
+        _allow("Images", pull, [f"{arn}:ecr:{place.region}:{account}:repository/*" for account in accounts]),
+        _allow("Logs", logs, f"{arn}:logs:{place.region}:{place.account}:log-group:/aws/sagemaker/*"),
+        _allow(
+            "Metrics", ["cloudwatch:PutMetricData"], "*",
+            StringLike={"cloudwatch:namespace": ["/aws/sagemaker/*", "SageMaker"]},
+        ),
+    ]  # fmt: skip
+    if cloud.subnets:
+        network = [
+            "CreateNetworkInterface", "CreateNetworkInterfacePermission", "DeleteNetworkInterface",
+            "DeleteNetworkInterfacePermission", "DescribeNetworkInterfaces", "DescribeVpcs", "DescribeDhcpOptions",
+            "DescribeSubnets", "DescribeSecurityGroups",
+        ]  # fmt: skip
+        statements.append(_allow("Network", [f"ec2:{a}" for a in network], "*"))
+    if cloud.kms_key:
+        key = ["kms:Encrypt", "kms:Decrypt", "kms:GenerateDataKey", "kms:CreateGrant", "kms:DescribeKey"]
+        statements.append(_allow("Key", key, _key_arn(cloud.kms_key, place)))
+    return statements
+
+
+def _s3(place: Place) -> list[Statement]:
+    bucket = f"arn:{_partition(place.region)}:s3:::{place.bucket}"
+    below = f"{place.prefix.strip('/')}/*"
+    return [
+        _allow("Bucket", ["s3:ListBucket"], bucket, StringLike={"s3:prefix": [below]}),
+        _allow(
+            "Objects", ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"],
+            f"{bucket}/{below}",
+        ),
+    ]  # fmt: skip
+
+
+def _trust(place: Place) -> Statement:
+    return {
+        "Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole",
+        "Condition": {"StringEquals": {"aws:SourceAccount": place.account}},
+    }  # fmt: skip
+
+
+def _key_arn(key: str, place: Place) -> str:
+    if key.startswith("arn:"):
+        return key
+    return f"arn:{_partition(place.region)}:kms:{place.region}:{place.account}:key/{key}"
+
+
+def _partition(region: str) -> str:
+    return "aws-cn" if region.startswith("cn-") else "aws-us-gov" if region.startswith("us-gov-") else "aws"
+
+
+def _lower(name: str) -> str:
+    return name.lower()  # ARNs of SageMaker's resources are in lower case
