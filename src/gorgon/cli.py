@@ -290,6 +290,13 @@ def inspect_(
             print(f"  {key:<24} {value}")
 
 
+def _recipe(name: str) -> Any:
+    from gorgon.pipeline import find_recipe, load_recipe
+
+    path = find_recipe(name)
+    return load_recipe(path, [], Path("runs") / path.stem)
+
+
 def _export(model: Path, out: Path, form: str) -> object:
     from gorgon.models.export import export_model
 

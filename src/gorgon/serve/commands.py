@@ -67,8 +67,3 @@ def _assignment(text: str) -> tuple[str, Any]:
     if not equals:
         raise GorgonError("--set needs KEY=VALUE", field="--set", value=text)
     return key.strip().replace("-", "_"), parse_value(value)
-def _recipe(name: str) -> Any:
-    from gorgon.pipeline import find_recipe, load_recipe
-
-    path = find_recipe(name)
-    return load_recipe(path, [], Path("runs") / path.stem)

@@ -1,0 +1,154 @@
+"""`gorgon bench` against the real server: numbers that add up, answers compared, faults counted, bad input refused."""
+
+import json
+import threading
+
+import pytest
+
+from gorgon.bench.load import Level, run_level
+from gorgon.bench.load_client import HttpTransport, Outcome, body_of
+from gorgon.bench.load_report import percentiles, render, summarize
+from gorgon.bench.load_run import bench
+from gorgon.errors import DataError, GorgonError
+from tests.e2e.conftest import gorgon
+from tests.serve_support import QUESTIONS, SCHEMA, make_engine, server
+
+
+@pytest.fixture(scope="module")
+def served():
+    with server(make_engine(), slots=4, queue=64) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"messages": [{"role": "system", "content": SCHEMA}, {"role": "user", "content": q}]} for q in QUESTIONS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("api", ["openai", "invocations", "tgi"])
+def test_levels_add_up_and_answers_stay_the_same(served, prompts, tmp_path, api):
+    levels = [Level(6, clients=1), Level(12, clients=4), Level(6, rate=50.0)]
+    document = bench(served.url, api=api, levels=levels, prompts=prompts, max_tokens=12, out=tmp_path, warmup=1)
+    for row, level in zip(document["levels"], levels, strict=True):
+        assert (row["answers"], row["errors"], row["exact_match"]) == (level.requests, {}, 1.0)
+        assert 0 < row["first_token_ms"]["p50"] <= row["latency_ms"]["p50"] <= row["latency_ms"]["p99"]
+        assert row["tokens"] > row["answers"]
+        assert ("tokens_per_step" in row) == (api != "tgi")
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [a["prompt"] for a in answers] == list(range(len(QUESTIONS)))
+    page = (tmp_path / "load.html").read_text()
+    assert page.count("<svg") == 2 and "http://www.w3.org/2000/svg" in page and "<script" not in page
+    again = bench(served.url, api=api, levels=levels[:1], prompts=prompts, max_tokens=12, reference=tmp_path / "answers.jsonl")
+    assert again["levels"][0]["exact_match"] == 1.0
+
+
+def test_a_wrong_answer_is_found(served, prompts, tmp_path):
+    reference = tmp_path / "reference.jsonl"
+    reference.write_text("".join(json.dumps({"answer": "no"}) + "\n" for _ in QUESTIONS))
+    document = bench(served.url, levels=[Level(6)], prompts=prompts, max_tokens=4, reference=reference)
+    assert document["levels"][0]["exact_match"] == 0.0
+
+
+def test_refusals_are_counted_by_kind(served):
+    with server(served.engine, slots=1, queue=0) as small:
+        body = body_of([{"role": "user", "content": "x"}], "openai", model=None, max_tokens=60, extra={"ignore_eos": True})
+        outcomes = run_level(Level(12, clients=4), [body], lambda: HttpTransport(small.url, "openai", None, 60))
+        row = summarize(Level(12, clients=4), outcomes, None)
+    assert set(row["errors"]) == {"429"}
+    assert row["answers"] + row["errors"]["429"] == 12 and row["answers"] >= 1
+
+
+class _Broken:
+    """A transport that yields these lines, or raises."""
+
+    def __init__(self, lines):
+        self._lines = lines
+
+    def lines(self, _body):
+        for line in self._lines:
+            if isinstance(line, Exception):
+                raise line
+            yield line
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("lines", "error"),
+    [
+        ([b'data: {"choices": [{"delta": {"content": "a"}}]}\n'], "cut off"),
+        ([b"data: {\n"], "not JSON"),
+        ([TimeoutError()], "timeout"),
+        ([b'data: {"choices": []}\n', ConnectionResetError()], "ConnectionResetError"),
+        ([b'data: {"error": {"code": "deadline_exceeded"}}\n'], "deadline_exceeded"),
+        ([b": comment\n", b'data: {"choices": [{"text": "a"}]}\n', b"data: [DONE]\n"], ""),
+    ],
+)
+def test_broken_streams(lines, error):
+    outcome = run_level(Level(1), [{}], lambda: _Broken(lines))[0]
+    assert outcome.error == error
+
+
+def test_an_open_loop_counts_the_time_in_the_queue():
+    """One connection's worth of service at a time, far too slow for the rate: later requests wait longer."""
+    lock = threading.Lock()
+
+    class Slow(_Broken):
+        def lines(self, _body):
+            import time
+
+            with lock:
+                time.sleep(0.02)
+            yield b'data: {"choices": [{"text": "a"}]}\n'
+            yield b"data: [DONE]\n"
+
+    outcomes = run_level(Level(20, rate=1000.0), [{}], lambda: Slow([]))
+    assert max(o.seconds for o in outcomes) > 0.2
+    assert all(o.first_s <= o.seconds for o in outcomes)
+
+
+def test_percentiles_are_values_that_occurred():
+    found = percentiles([0.1, 0.2, 0.3, 0.4])
+    assert found == {"mean": 250.0, "p50": 200.0, "p90": 400.0, "p99": 400.0, "max": 400.0}
+    assert percentiles([]) is None
+
+
+def test_a_run_without_answers_still_makes_a_page():
+    row = summarize(Level(1), [Outcome(0, 0.0, error="500")], {0: "x"})
+    assert row["exact_match"] is None and row["latency_ms"] is None
+    page = render({"url": "<b>", "api": "openai", "prompts": 1, "max_tokens": 1, "levels": [row]})
+    assert "&lt;b&gt;" in page and "1 × 500" in page
+
+
+def test_bad_files(served, tmp_path):
+    for text, words in (("{}\n", "rows"), ("x\n" * 4, "not a JSON"), ('{"text": 3}\n' * 4, "must be text")):
+        path = tmp_path / "reference.jsonl"
+        path.write_text(text)
+        with pytest.raises(DataError, match=words):
+            bench(served.url, levels=[Level(1)], reference=path)
+    with pytest.raises(GorgonError, match="401|cannot be reached"):
+        bench("http://127.0.0.1:9", levels=[Level(1)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["localhost"], "not a URL"), (["http://127.0.0.1:9"], "cannot be reached"),
+        (["http://127.0.0.1:9", "--api", "grpc"], "no such interface"),
+        (["http://127.0.0.1:9", "--clients", "1.5"], "positive numbers"),
+        (["http://127.0.0.1:9", "--prompts", "nowhere.jsonl"], "no such file"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_with_exit_code_2(arguments, words):
+    done = gorgon("bench", *arguments)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_the_command_prints_json(served, tmp_path):
+    done = gorgon("bench", served.url, "--requests", 4, "--clients", "1,2", "--max-tokens", 8, "--json")
+    assert done.returncode == 0, done.stderr
+    assert [row["clients"] for row in json.loads(done.stdout)["levels"]] == [1, 2]
