@@ -34,7 +34,7 @@ def test_levels_add_up_and_answers_stay_the_same(served, prompts, tmp_path, api)
     document = bench(served.url, api=api, levels=levels, prompts=prompts, max_tokens=12, out=tmp_path, warmup=1)
     for row, level in zip(document["levels"], levels, strict=True):
         assert (row["answers"], row["errors"], row["exact_match"]) == (level.requests, {}, 1.0)
-        assert 0 < row["first_token_ms"]["p50"] <= row["latency_ms"]["p50"] <= row["latency_ms"]["p99"]
+        assert 0 < row["first_token_ms"]["max"] <= row["latency_ms"]["max"]
         assert row["tokens"] > row["answers"]
         assert ("tokens_per_step" in row) == (api != "tgi")
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
