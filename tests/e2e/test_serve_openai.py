@@ -222,7 +222,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6,
 )  # fmt: skip
 FIELDS = st.sampled_from(["messages", "temperature", "top_p", "n", "stop", "seed", "logit_bias", "max_tokens", "stream",
-                          "logprobs", "top_logprobs", "presence_penalty", "stream_options", "min_p", "model"])  # fmt: skip
+                          "logprobs", "top_logprobs", "presence_penalty", "stream_options", "min_p",
+                          "model"])  # fmt: skip
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -242,7 +243,12 @@ def test_any_body_gets_an_answer_in_openais_shape(served, changes):
 
 def test_the_key_is_asked_for(served):
     with server(served.engine, api_key="secret", slots=1) as locked:
-        for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"authorization": "Bearer "}):
+        for header in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "secret"},
+            {"authorization": "Bearer "},
+        ):
             for path in ("/v1/chat/completions", "/invocations", "/playground/race"):
                 status, headers, body = post(locked, path, ask(), header)
                 assert (status, body["error"]["code"]) == (401, "invalid_api_key")

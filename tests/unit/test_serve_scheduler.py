@@ -51,6 +51,7 @@ def test_answers_are_those_of_each_request_alone(engine, slots, clients, seed):
             tokens += event.ids
             if leaves:
                 submission.cancel()
+        raise AssertionError("a submission ended without an end")
 
     with scheduler(engine, slots=slots) as (made, run):
         plans = [(r, chance.random() * 0.3, chance.random() < 0.25) for r in requests]
@@ -78,7 +79,9 @@ def test_answers_of_one_request_have_streams_of_their_own(engine):
 
 
 def test_rows_of_earlier_prompts_are_used_again_and_change_nothing(engine):
-    long = [Request(chat_ids(engine, q, "CREATE TABLE t (a, b, c)" * 8), 16) for q in ("How many?", "List a.", "List c.")]
+    long = [
+        Request(chat_ids(engine, q, "CREATE TABLE t (a, b, c)" * 8), 16) for q in ("How many?", "List a.", "List c.")
+    ]
     expected = [alone(engine, r).token_ids for r in long]
     for reuse in (True, False):
         with scheduler(engine, slots=2, reuse_prefixes=reuse) as (made, run):
@@ -89,7 +92,9 @@ def test_rows_of_earlier_prompts_are_used_again_and_change_nothing(engine):
         reused = [e.generation.reused_tokens for e in ends]
         if reuse:
             assert min(reused[1:]) > 40 and reused[0] < 20
-            assert all(e.generation.reused_tokens < len(r.prompt_ids) for e, r in zip(ends, [*long, *long], strict=True))
+            assert all(
+                e.generation.reused_tokens < len(r.prompt_ids) for e, r in zip(ends, [*long, *long], strict=True)
+            )
         else:
             assert reused == [0] * 6
 
@@ -134,6 +139,7 @@ def test_a_cancelled_request_leaves_within_one_step(engine):
                 if before is None:
                     submission.cancel()
                     before = steps()
+            raise AssertionError("a submission ended without an end")
 
         before, end = run(leave())
         assert isinstance(end.error, CancelledError)

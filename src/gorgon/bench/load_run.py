@@ -18,7 +18,10 @@ from gorgon.progress import bar, say
 
 BUILT_IN = (
     ("CREATE TABLE head (age INTEGER, name VARCHAR)", "How many heads are older than 56?"),
-    ("CREATE TABLE city (name VARCHAR, country VARCHAR, population INTEGER)", "List the cities of France by population."),
+    (
+        "CREATE TABLE city (name VARCHAR, country VARCHAR, population INTEGER)",
+        "List the cities of France by population.",
+    ),
     ("CREATE TABLE singer (singer_id INTEGER, name VARCHAR, age INTEGER)", "What is the average age of all singers?"),
     ("CREATE TABLE pet (pet_id INTEGER, kind VARCHAR, weight REAL)", "How much does the heaviest dog weigh?"),
 )
@@ -41,7 +44,7 @@ def bench(
     out: Path | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Runs the levels against the server and returns the result; writes load.json, load.html and answers.jsonl to `out`.
+    """Runs the levels against the server and returns the result; `out` gets load.json, load.html and answers.jsonl.
 
     Answers are compared with the reference file if there is one, else with those of the first level.
     Args: reference: JSONL, a row per prompt in order, its answer in 'text' or 'answer'.
