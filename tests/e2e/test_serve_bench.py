@@ -41,7 +41,9 @@ def test_levels_add_up_and_answers_stay_the_same(served, prompts, tmp_path, api)
     assert [a["prompt"] for a in answers] == list(range(len(QUESTIONS)))
     page = (tmp_path / "load.html").read_text()
     assert page.count("<svg") == 2 and "http://www.w3.org/2000/svg" in page and "<script" not in page
-    again = bench(served.url, api=api, levels=levels[:1], prompts=prompts, max_tokens=12, reference=tmp_path / "answers.jsonl")
+    again = bench(
+        served.url, api=api, levels=levels[:1], prompts=prompts, max_tokens=12, reference=tmp_path / "answers.jsonl"
+    )
     assert again["levels"][0]["exact_match"] == 1.0
 
 
@@ -54,7 +56,9 @@ def test_a_wrong_answer_is_found(served, prompts, tmp_path):
 
 def test_refusals_are_counted_by_kind(served):
     with server(served.engine, slots=1, queue=0) as small:
-        body = body_of([{"role": "user", "content": "x"}], "openai", model=None, max_tokens=60, extra={"ignore_eos": True})
+        body = body_of(
+            [{"role": "user", "content": "x"}], "openai", model=None, max_tokens=60, extra={"ignore_eos": True}
+        )
         outcomes = run_level(Level(12, clients=4), [body], lambda: HttpTransport(small.url, "openai", None, 60))
         row = summarize(Level(12, clients=4), outcomes, None)
     assert set(row["errors"]) == {"429"}

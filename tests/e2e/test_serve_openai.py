@@ -242,7 +242,12 @@ def test_any_body_gets_an_answer_in_openais_shape(served, changes):
 
 def test_the_key_is_asked_for(served):
     with server(served.engine, api_key="secret", slots=1) as locked:
-        for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"authorization": "Bearer "}):
+        for header in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "secret"},
+            {"authorization": "Bearer "},
+        ):
             for path in ("/v1/chat/completions", "/invocations", "/playground/race"):
                 status, headers, body = post(locked, path, ask(), header)
                 assert (status, body["error"]["code"]) == (401, "invalid_api_key")

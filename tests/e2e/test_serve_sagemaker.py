@@ -63,7 +63,9 @@ def test_tgi_details_and_stop_strings_stay(served, prompt):
     assert answer["generated_text"].startswith(whole[: whole.index(stop) + len(stop)])
     assert answer["details"]["finish_reason"] == "stop_sequence"
     assert "".join(t["text"] for t in answer["details"]["tokens"]) == answer["generated_text"]
-    full = post(served, "/invocations", {"inputs": prompt, "parameters": {"return_full_text": True, "max_new_tokens": 2}})
+    full = post(
+        served, "/invocations", {"inputs": prompt, "parameters": {"return_full_text": True, "max_new_tokens": 2}}
+    )
     assert full[2][0]["generated_text"].startswith(prompt)
 
 
@@ -86,7 +88,10 @@ def test_tgi_sampling_repeats_with_a_seed(served, prompt):
         Request(chat_ids(served.engine, QUESTIONS[0]), 16, sampling=Sampling(temperature=1.4, top_p=0.9, seed=5)),
     )
     for _ in range(2):
-        assert post(served, "/invocations", {"inputs": prompt, "parameters": options})[2][0]["generated_text"] == expected.text
+        assert (
+            post(served, "/invocations", {"inputs": prompt, "parameters": options})[2][0]["generated_text"]
+            == expected.text
+        )
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,9 @@ def test_answers_of_one_request_have_streams_of_their_own(engine):
 
 
 def test_rows_of_earlier_prompts_are_used_again_and_change_nothing(engine):
-    long = [Request(chat_ids(engine, q, "CREATE TABLE t (a, b, c)" * 8), 16) for q in ("How many?", "List a.", "List c.")]
+    long = [
+        Request(chat_ids(engine, q, "CREATE TABLE t (a, b, c)" * 8), 16) for q in ("How many?", "List a.", "List c.")
+    ]
     expected = [alone(engine, r).token_ids for r in long]
     for reuse in (True, False):
         with scheduler(engine, slots=2, reuse_prefixes=reuse) as (made, run):
@@ -89,7 +91,9 @@ def test_rows_of_earlier_prompts_are_used_again_and_change_nothing(engine):
         reused = [e.generation.reused_tokens for e in ends]
         if reuse:
             assert min(reused[1:]) > 40 and reused[0] < 20
-            assert all(e.generation.reused_tokens < len(r.prompt_ids) for e, r in zip(ends, [*long, *long], strict=True))
+            assert all(
+                e.generation.reused_tokens < len(r.prompt_ids) for e, r in zip(ends, [*long, *long], strict=True)
+            )
         else:
             assert reused == [0] * 6
 

@@ -1,4 +1,4 @@
-"""Load: requests against a server, by a number of clients that each wait for their answer, or at a rate that does not."""
+"""Load: requests against a server, by clients that each wait for their answer, or at a rate that does not."""
 
 from __future__ import annotations
 

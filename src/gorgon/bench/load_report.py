@@ -88,6 +88,8 @@ def latency_figure(levels: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _levels_axis(axes: Any, levels: Sequence[Mapping[str, Any]]) -> None:
-    axes.set_xticks(range(len(levels)), [f"{row['rate']:g}/s" if row["rate"] else str(row["clients"]) for row in levels])
+    axes.set_xticks(
+        range(len(levels)), [f"{row['rate']:g}/s" if row["rate"] else str(row["clients"]) for row in levels]
+    )
     axes.set_xlabel("clients, or requests per second")
     axes.set_xlim(-0.3, len(levels) - 0.7)

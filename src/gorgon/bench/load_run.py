@@ -18,7 +18,10 @@ from gorgon.progress import bar, say
 
 BUILT_IN = (
     ("CREATE TABLE head (age INTEGER, name VARCHAR)", "How many heads are older than 56?"),
-    ("CREATE TABLE city (name VARCHAR, country VARCHAR, population INTEGER)", "List the cities of France by population."),
+    (
+        "CREATE TABLE city (name VARCHAR, country VARCHAR, population INTEGER)",
+        "List the cities of France by population.",
+    ),
     ("CREATE TABLE singer (singer_id INTEGER, name VARCHAR, age INTEGER)", "What is the average age of all singers?"),
     ("CREATE TABLE pet (pet_id INTEGER, kind VARCHAR, weight REAL)", "How much does the heaviest dog weigh?"),
 )

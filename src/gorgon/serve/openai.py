@@ -8,7 +8,8 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fastapi import APIRouter, Request as HttpRequest
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from gorgon.core.sampling import Sampling
@@ -252,9 +253,9 @@ async def answer_completion(http: HttpRequest, service: Service, body: Completio
     if isinstance(given, str):
         prompts: list[list[int]] = [await service.encode_text(given)]
     elif isinstance(given[0], int):
-        prompts = [[int(i) for i in given]]  # type: ignore[arg-type]  # the schema lets no mixture through
+        prompts = [[int(i) for i in given]]  # the schema lets no mixture through
     else:
-        prompts = [await service.encode_text(p) if isinstance(p, str) else list(p) for p in given]  # type: ignore[arg-type]
+        prompts = [await service.encode_text(p) if isinstance(p, str) else list(p) for p in given]
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     requests = requests_of(service, body, prompts, limit, body.logprobs)
     return await reply(http, service, CompletionFormat(service, body, prompts), requests)

@@ -10,7 +10,8 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, ClassVar
 
-from fastapi import APIRouter, Request as HttpRequest
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, ValidationError
 
