@@ -56,7 +56,7 @@ def test_two_jobs_then_an_endpoint_then_nothing(plane, tmp_path, monkeypatch):
     assert [name for name, _ in plane.requests].count("CreateTrainingJob") == 2, "finished steps are reused"
 
     # tune is left out to save time: this is the tree that it would write
-    tree = {"trees": [{"batch_size": 1, "paths": [[0]], "ngram": 2}]}
+    tree = {"format": 2, "trees": [{"batch_size": 1, "kind": "static", "paths": [[0]], "ngram": 2}]}
     plane.store.put(f"{results['train-heads']}/tree.json", json.dumps(tree))
     plane.prices = {"ml.m5.xlarge": {"USE1-Host:ml.m5.xlarge": 0.23, "USE1-Train:ml.m5.xlarge": 0.99}}
     done = cli("deploy", results["train-heads"], "--name", "sql", "--instance-type", "ml.m5.xlarge")

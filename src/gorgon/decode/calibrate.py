@@ -25,9 +25,6 @@ from gorgon.errors import Interrupted
 from gorgon.interrupts import requested
 from gorgon.progress import bar
 
-TOGETHER = 8
-"""Calibration prompts that are answered together."""
-
 
 @dataclass(frozen=True)
 class Recording:
@@ -72,18 +69,20 @@ class Replayed:
         return sum(n * count for n, count in self.nodes.items()) / self.steps if self.steps else 1.0
 
 
-def write_answers(engine: Engine, prompts: Sequence[list[int]], max_new_tokens: int, title: str) -> list[list[int]]:
-    """The greedy answers to the prompts as token ids, end tokens included.
+def write_answers(
+    engine: Engine, prompts: Sequence[list[int]], max_new_tokens: int, together: int, title: str
+) -> list[list[int]]:
+    """The greedy answers to the prompts as token ids, end tokens included; `together` are decoded in one step.
 
     Raises: Interrupted between two batches.
     """
     answers: list[list[int]] = []
     with bar(title, len(prompts)) as progress:
-        for start in range(0, len(prompts), 4 * TOGETHER):
+        for start in range(0, len(prompts), 4 * together):
             if requested():
                 raise Interrupted("stopped before the end", hint="the same command starts this step again")
-            part = prompts[start : start + 4 * TOGETHER]
-            made = engine.generate(part, max_new_tokens=max_new_tokens, together=TOGETHER)
+            part = prompts[start : start + 4 * together]
+            made = engine.generate(part, max_new_tokens=max_new_tokens, together=together)
             answers += [g.token_ids for g in made]
             progress.advance(len(part))
     return answers

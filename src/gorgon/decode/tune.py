@@ -55,7 +55,9 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
         engine = load_engine(model, dtype=config.dtype, drafters=PLAIN, steps=config.steps)
     prompts = _prompts(engine, rows, config)
     with run.timed("answers"):
-        answers = write_answers(engine, prompts, config.max_new_tokens, "writing calibration answers")
+        answers = write_answers(
+            engine, prompts, config.max_new_tokens, max(config.batch_sizes), "writing calibration answers"
+        )
     pairs = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(a) > 1]
     if not pairs:
         raise DataError("the model writes only empty answers to the validation prompts", file=rows)

@@ -7,10 +7,12 @@ step (docs/engine.md). `torch.compile` removes both; its code generator needs a 
 from __future__ import annotations
 
 import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor
 
 from gorgon.config import StepMode
@@ -26,12 +28,13 @@ what they read from the heads; torch's own limit of 8 would silently fall back t
 
 
 def has_cpp_compiler() -> bool:
-    """Whether torch's CPU code generator finds a C++ compiler."""
+    """Whether torch's CPU code generator finds a C++ compiler and Python's headers."""
     from torch._inductor import config
 
     configured = config.cpp.cxx
     names = [configured] if isinstance(configured, str) else [n for n in configured if n]
-    return any(shutil.which(name) for name in (*names, "g++", "clang++"))
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return headers.is_file() and any(shutil.which(name) for name in (*names, "g++", "clang++"))
 
 
 def pick_mode(mode: StepMode, parameters: int, device: torch.device) -> StepMode:
@@ -41,20 +44,26 @@ def pick_mode(mode: StepMode, parameters: int, device: torch.device) -> StepMode
     """
     if mode == "auto":
         if device.type != "cpu":
-            return "eager"  # a CUDA graph replays a step without Python; no compiler is needed (decode/graphs.py)
+            return "eager"  # not yet measured there
         return "compiled" if has_cpp_compiler() and parameters <= LARGEST_COMPILED else "recorded"
     if mode == "compiled" and not has_cpp_compiler():
         raise MissingDependencyError(
-            "compiled steps need a C++ compiler and none is installed", field="steps", value=mode,
-            allowed="auto, eager, recorded", hint="install g++ or clang, or use 'recorded'",
+            "compiled steps need a C++ compiler and Python's headers", field="steps", value=mode,
+            allowed="auto, eager, recorded", hint="install g++ and python3-dev, or use 'recorded'",
         )  # fmt: skip
     return mode
 
 
 def step_function(function: TensorFunction, mode: StepMode) -> TensorFunction:
-    """The function, run in that mode; sizes of batch, tree and context may change from call to call."""
+    """The function, run in that mode; sizes of batch, tree and context may change from call to call.
+
+    Raises (when called): MissingDependencyError when the C++ compiler cannot build what torch generates.
+    """
     if mode == "eager":
         return function
+    import torch._dynamo.exc  # seconds, so not at the top
+    import torch._inductor.exc
+
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
     if mode == "recorded":
         recorded: TensorFunction = torch.compile(function, backend="eager", dynamic=True)
@@ -62,7 +71,19 @@ def step_function(function: TensorFunction, mode: StepMode) -> TensorFunction:
     # Freezing makes the weights constants, so that oneDNN packs them for products of few rows and the compiler joins
     # projections of the same input. It keeps packed copies: see `LARGEST_COMPILED`. The setting is global because the
     # tracer reads it before an option of `torch.compile` takes effect.
-    torch._inductor.config.freezing = True
-    torch._inductor.config.cpp.enable_concat_linear = True
+    from torch._inductor import config as inductor
+
+    inductor.freezing = True
+    inductor.cpp.enable_concat_linear = True
     compiled: TensorFunction = torch.compile(function, dynamic=True)
-    return compiled
+
+    def run(*arguments: Any) -> Tensor:
+        try:
+            return compiled(*arguments)
+        except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.InductorError) as error:
+            raise MissingDependencyError(
+                "the C++ compiler cannot build the step functions", field="steps", value=mode,
+                allowed="auto, eager, recorded", hint="update the compiler, or use 'recorded'",
+            ) from error  # fmt: skip
+
+    return run

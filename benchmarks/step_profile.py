@@ -1,0 +1,128 @@
+"""Where a step's time goes: drafting, the forward over the tree, acceptance and commit, the heads, the rest.
+
+    python benchmarks/step_profile.py MODEL    # a directory that `tune` wrote
+
+For each way of running steps and several tree sizes, medians over many steps on one context. The parts are timed by
+leaving them out: `settle` with and without heads, the forward alone, the drafter alone. Writes
+results/step-profile.json and docs/figures/step-profile.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+
+from gorgon.artifacts import provenance, write_json
+from gorgon.core.draft import Draft
+from gorgon.core.heads import PackedHeads
+from gorgon.decode.dynamic import DynamicDrafter
+from gorgon.decode.load import load_engine, read_drafters
+from gorgon.decode.ngrams import NgramIndex
+from gorgon.decode.step import DraftBatch, HeadChoices, Stepper
+from gorgon.models.cache import TreeCache
+from gorgon.models.directory import read_tree_file
+from gorgon.progress import say
+
+ROOT = Path(__file__).resolve().parent.parent
+MODES = ("eager", "recorded", "compiled")
+NODES = (1, 4, 8, 16, 24)
+CONTEXT, STEPS = 120, 120
+PARTS = ("draft", "forward", "accept and commit", "heads")
+COLORS = {"draft": "#c9a227", "forward": "#2f6f73", "accept and commit": "#8fb8a8", "heads": "#b5543f"}
+
+
+def median_ms(call: Callable[[], object]) -> float:
+    """Median time of a call, after a few that are not counted."""
+    samples = []
+    for i in range(STEPS):
+        start = time.perf_counter()
+        call()
+        if i >= 10:
+            samples.append(1000 * (time.perf_counter() - start))
+    return statistics.median(samples)
+
+
+def profile(model: Path, mode: Any) -> dict[str, dict[str, float]]:
+    """Part -> ms by number of nodes, for one way of running steps."""
+    engine = load_engine(model, dtype="float32", steps=mode)
+    backbone, document = engine.backbone, read_tree_file(model)
+    drafter = next((d for d in read_drafters(document).values() if isinstance(d, DynamicDrafter)), None)
+    assert engine.heads is not None
+    count, width = len(engine.heads), max(1, engine.drafter(1).width)
+    bare = Stepper(backbone, None, 0, None)
+    full = Stepper(backbone, PackedHeads(engine.heads, count, engine.vocabulary_U), width, engine.vocabulary_U)
+    cache = TreeCache(int(backbone.text_config.num_hidden_layers), 1, CONTEXT + 128)
+    prompt = [5 + i % (backbone.vocab_size - 5) for i in range(CONTEXT)]
+    bare.prompt(cache, prompt, 0)
+    lengths, context = torch.tensor([CONTEXT]), NgramIndex(prompt)
+    choices = HeadChoices([list(range(5, 5 + width))] * count, [[-0.3 - i for i in range(width)]] * count)
+    found: dict[str, dict[str, float]] = {}
+    for nodes in NODES:
+        draft = Draft([7])
+        for i in range(nodes - 1):
+            draft.add(9, max(0, i - 1))
+        batch = DraftBatch.of([draft], backbone.device)
+        hidden = bare.forward(cache, batch, lengths, CONTEXT + nodes)
+        forward = median_ms(lambda: bare.forward(cache, batch, lengths, CONTEXT + nodes))  # noqa: B023
+        settle = median_ms(lambda: bare.settle(cache, batch, lengths, hidden))  # noqa: B023
+        with_heads = settle if nodes == 1 else median_ms(lambda: full.settle(cache, batch, lengths, hidden))  # noqa: B023
+        drafting = 0.0
+        if drafter is not None and nodes > 1:
+            grown = DynamicDrafter(drafter.rates, nodes=nodes, threshold=0.001, width=width)
+            drafting = median_ms(lambda: grown.draft(7, choices, context))  # noqa: B023
+        found[str(nodes)] = {
+            "draft": round(drafting, 4), "forward": round(forward, 4), "accept and commit": round(settle, 4),
+            "heads": round(with_heads - settle, 4),
+        }  # fmt: skip
+        say(f"{mode}, {nodes} nodes: {found[str(nodes)]}")
+    return found
+
+
+def draw(modes: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    """One stacked bar per mode and size."""
+    figure, axes = plt.subplots(figsize=(7.5, 3.2))
+    ticks, labels, at = [], [], 0.0
+    for mode, by_nodes in modes.items():
+        for nodes, parts in by_nodes.items():
+            bottom = 0.0
+            for part in PARTS:
+                axes.bar(at, max(parts[part], 0), bottom=bottom, color=COLORS[part], width=0.8,
+                         label=part if not ticks else None)  # fmt: skip
+                bottom += max(parts[part], 0)
+            ticks.append(at)
+            labels.append(nodes)
+            at += 1
+        axes.annotate(mode, (at - 1 - (len(by_nodes) - 1) / 2, 0), xytext=(0, -26), textcoords="offset points",
+                      ha="center", fontsize=9)  # fmt: skip
+        at += 0.7
+    axes.set_xticks(ticks, labels, fontsize=8)
+    axes.set_ylabel("One step (ms)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.14))
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    model = parser.parse_args().model
+    modes = {mode: profile(model, mode) for mode in MODES}
+    result = {"name": "step-profile", "context": CONTEXT, "steps": STEPS, "threads": torch.get_num_threads(),
+              "ms": modes, **provenance()}  # fmt: skip
+    write_json(ROOT / "benchmarks" / "results" / "step-profile.json", result)
+    (ROOT / "docs" / "figures").mkdir(exist_ok=True)
+    draw(modes, ROOT / "docs" / "figures" / "step-profile.svg")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
