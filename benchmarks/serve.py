@@ -174,13 +174,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             if requested():
                 raise Interrupted("stopped before anything was measured")
             try:
-                server = Server(contestant)
-                stack.callback(server.close)
-                _warm(server, chats, options)
+                server = _ready(contestant, chats, options)
             except GorgonError as error:
                 say(f"  {contestant.name} is left out: {error}")
                 skipped[contestant.name] = str(error)
                 continue
+            stack.callback(server.close)
             server.pause()
             servers.append(server)
             say(f"  {contestant.name}: ready after {time.monotonic() - start:.0f} s")
@@ -191,6 +190,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _bodies(server: Server, chats: list[Any], options: argparse.Namespace) -> list[dict[str, Any]]:
     model = server.contestant.model
     return [body_of(c, "openai", model=model, max_tokens=options.max_new_tokens, extra={}) for c in chats]
+
+
+def _ready(contestant: Contestant, chats: list[Any], options: argparse.Namespace) -> Server:
+    """A server that is up and has answered.
+
+    Raises: GorgonError when it does neither.
+    """
+    server = Server(contestant)
+    try:
+        _warm(server, chats, options)
+    except GorgonError:
+        server.close()
+        raise
+    return server
 
 
 def _warm(server: Server, chats: list[Any], options: argparse.Namespace) -> None:

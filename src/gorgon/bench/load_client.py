@@ -177,6 +177,7 @@ def _take(outcome: Outcome, event: Any, now: float) -> bool:
             outcome.tokens = int((event.get("details") or {}).get("generated_tokens") or 0)
     for choice in event.get("choices") or ():
         text += str((choice.get("delta") or {}).get("content") or choice.get("text") or "")
+        last = last or choice.get("finish_reason") is not None  # not every server ends with [DONE]
     usage = event.get("usage")
     if usage:
         outcome.tokens = int(usage.get("completion_tokens") or 0)
