@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gorgon.core.sampling import GREEDY, Sampling
-from gorgon.decode.step import Logprob
+from gorgon.decode.logprobs import Logprob
 from gorgon.errors import GorgonError, LimitError
 
 Finish = Literal["end", "length", "stop"]

@@ -16,10 +16,11 @@ import torch
 from gorgon.core.accept import accept_sampled, accept_typical
 from gorgon.core.draft import FILLER, Draft
 from gorgon.core.sampling import History, Randomness, choose
+from gorgon.decode.logprobs import Logprob, output_logprobs
 from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.prefixes import Prefixes
 from gorgon.decode.request import Generation, Request
-from gorgon.decode.step import Decided, DraftBatch, HeadChoices, Logprob
+from gorgon.decode.step import Decided, DraftBatch, HeadChoices
 from gorgon.decode.text import TextStream, cut_at_stop
 from gorgon.errors import GorgonError, ModelError
 from gorgon.models.cache import TreeCache
@@ -64,7 +65,7 @@ class Running:
         """Whether the answer is complete, or failed."""
         return self.generation.done or self.error is not None
 
-    def take(self, decided: Decided, *, first: bool = False) -> None:
+    def take(self, decided: Decided, logprobs: Sequence[Logprob] = (), *, first: bool = False) -> None:
         """Appends a step's tokens up to an end token, a stop string or the limit."""
         generation = self.generation
         before = len(generation.token_ids)
@@ -73,9 +74,7 @@ class Running:
                 generation.done = True
                 break
         new = generation.token_ids[before:]
-        if self.request.logprobs is not None:
-            wanted = [Logprob(one.logprob, one.likeliest[: self.request.logprobs]) for one in decided.logprobs]
-            generation.logprobs += wanted[: len(new)]
+        generation.logprobs += logprobs[: len(new)]
         generation.seconds = time.perf_counter() - self._start
         if first:
             generation.first_token_s = generation.seconds
@@ -198,9 +197,8 @@ class Slots:
             lengths_B = torch.tensor([len(prompt) - 1], device=self.engine.backbone.device)
             choices = self._choices([running], [root], hidden_11H)
             tensors = DraftBatch.of([root], hidden_11H.device)
-            alternatives = running.request.logprobs
-            decided = stepper.settle(self._entry, tensors, lengths_B, hidden_11H, choices, alternatives)
-            self._take(running, decided[0], first=True)
+            decided = stepper.settle(self._entry, tensors, lengths_B, hidden_11H, choices)
+            self._take(running, decided[0], root, hidden_11H[0], first=True)
         except GorgonError as error:
             running.error = error
         if not running.done:
@@ -228,18 +226,23 @@ class Slots:
         visible = engine.visible(max(lengths) + tensors.nodes, self._cache.capacity)
         hidden_BNH = stepper.forward(self._cache, tensors, lengths_B, visible)
         choices = self._choices(batch, drafts, hidden_BNH)
-        settled = stepper.settle(self._cache, tensors, lengths_B, hidden_BNH, choices, _alternatives(batch))
-        for running, decided in zip(batch, settled, strict=True):
+        settled = stepper.settle(self._cache, tensors, lengths_B, hidden_BNH, choices)
+        for b, (running, decided) in enumerate(zip(batch, settled, strict=True)):
             if running.error is None:
-                self._take(running, decided)
+                self._take(running, decided, drafts[b], hidden_BNH[b])
         for running in batch:
             if running.done:
                 self.drop(running)
         return batch
 
-    def _take(self, running: Running, decided: Decided, *, first: bool = False) -> None:
+    def _take(
+        self, running: Running, decided: Decided, draft: Draft, hidden_NH: torch.Tensor, *, first: bool = False
+    ) -> None:
         if decided.finite:
-            running.take(decided, first=first)
+            asked = running.request.logprobs
+            backbone = self.engine.backbone
+            found = [] if asked is None else output_logprobs(backbone, hidden_NH, draft, decided, asked)
+            running.take(decided, found, first=first)
             return
         dtype = str(self.engine.backbone.dtype)
         running.error = ModelError(
@@ -301,11 +304,6 @@ class Slots:
             self._decoding[place] = moved
             if self._prefixes is not None:
                 self._prefixes.move(last, place)
-
-
-def _alternatives(batch: Sequence[Running]) -> int | None:
-    asked = [r.request.logprobs for r in batch if r.request.logprobs is not None]
-    return max(asked) if asked else None
 
 
 assert FILLER != NOT_CHOSEN

@@ -3,14 +3,13 @@
 Source: Medusa, arXiv:2401.10774, section 2.1.2 (tree attention). The same code does plain decoding: its tree is the
 root alone. A step is two pure functions of tensors, `forward` and `settle`, between which sampling may choose the
 tokens. Both can be compiled. What a step decided comes back in one transfer, the step's only wait for the device.
-Shapes: B sequences, N nodes, P nodes of the longest path, K heads, R choices per head, A alternatives of an output
-token, H hidden size, V vocabulary.
+Shapes: B sequences, N nodes, P nodes of the longest path, K heads, R choices per head, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,19 +33,6 @@ class HeadChoices:
 
 
 @dataclass(frozen=True)
-class Logprob:
-    """How likely the backbone itself found an output token, before any option of sampling.
-
-    Attributes:
-        logprob: natural logarithm of the token's probability.
-        likeliest: the likeliest tokens at that place and their log-probabilities, best first.
-    """
-
-    logprob: float
-    likeliest: list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
 class Decided:
     """What a step decided for one sequence.
 
@@ -55,14 +41,12 @@ class Decided:
         node: index of the deepest accepted node, 0 when no draft was right.
         heads: what the heads say next; None without heads.
         finite: whether the logits that decided were numbers; if not, the tokens mean nothing.
-        logprobs: one per token; empty unless they were asked for.
     """
 
     tokens: list[int]
     node: int
     heads: HeadChoices | None
     finite: bool = True
-    logprobs: list[Logprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,20 +104,16 @@ class Stepper:
         lengths_B: Tensor,
         hidden_BNH: Tensor,
         choices_BN: Tensor | None = None,
-        alternatives: int | None = None,
     ) -> list[Decided]:
         """Accepts, commits the accepted rows, and reads the heads.
 
-        Args:
-            choices_BN: the backbone's sampled token after each node; None takes the argmax.
-            alternatives: A, how many likeliest tokens to return beside every output token's log-probability; None
-                returns no log-probabilities.
+        Args: choices_BN: the backbone's sampled token after each node; None takes the argmax.
         """
         packed = self._settle(
             self.backbone, self._heads, self._width, self._vocabulary_U,
-            cache, batch.flat_4BN, lengths_B, hidden_BNH, choices_BN, batch.longest, alternatives,
+            cache, batch.flat_4BN, lengths_B, hidden_BNH, choices_BN, batch.longest,
         )  # fmt: skip
-        return [self._decided(row, batch.longest, alternatives) for row in packed.tolist()]
+        return [self._decided(row, batch.longest) for row in packed.tolist()]
 
     @torch.inference_mode()
     def prompt(self, cache: TreeCache, tokens: Sequence[int], start: int) -> Tensor:
@@ -144,30 +124,20 @@ class Stepper:
             _prompt(self.backbone, cache, tokens_1T[:, :1], start_1, start + 1)
         return self._prompt(self.backbone, cache, tokens_1T, start_1, start + len(tokens))[:, -1:]
 
-    def _decided(self, row: list[float], longest: int, alternatives: int | None) -> Decided:
+    def _decided(self, row: list[float], longest: int) -> Decided:
         node, depth = int(row[0]), int(row[1])
         path = row[3 : 3 + longest]
         finite = 0.0 not in row[3 + longest : 4 + longest + depth]
         tokens = [*map(int, path[1 : depth + 1]), int(row[2])]
-        logprobs = [] if alternatives is None else _logprobs(row, depth, longest, alternatives)
         if self._heads is None:
-            return Decided(tokens, node, None, finite, logprobs)
+            return Decided(tokens, node, None, finite)
         at, size, width = 3 + 2 * longest, self._count * self._width, self._width
-        found, likely = list(map(int, row[at : at + size])), row[at + size : at + 2 * size]
+        found, logprobs = list(map(int, row[at : at + size])), row[at + size : at + 2 * size]
         starts = range(0, size, width)
-        heads = HeadChoices([found[i : i + width] for i in starts], [likely[i : i + width] for i in starts])
-        return Decided(tokens, node, heads, finite, logprobs)
-
-
-def _logprobs(row: list[float], depth: int, longest: int, alternatives: int) -> list[Logprob]:
-    """The last part of a packed row: P log-probabilities, then [P][A] tokens, then [P][A] log-probabilities."""
-    size = longest * alternatives
-    at = len(row) - longest - 2 * size
-    tokens, values = row[at + longest : at + longest + size], row[at + longest + size :]
-    return [
-        Logprob(row[at + i], [(int(tokens[j]), values[j]) for j in range(i * alternatives, (i + 1) * alternatives)])
-        for i in range(depth + 1)
-    ]
+        return Decided(
+            tokens, node,
+            HeadChoices([found[i : i + width] for i in starts], [logprobs[i : i + width] for i in starts]), finite,
+        )  # fmt: skip
 
 
 def _forward(backbone: Backbone, cache: TreeCache, flat_4BN: Tensor, lengths_B: Tensor, visible: int) -> Tensor:
@@ -190,17 +160,13 @@ def _settle(
     hidden_BNH: Tensor,
     choices_BN: Tensor | None,
     longest: int,
-    alternatives: int | None,
 ) -> Tensor:
     """Everything a step decides, as one float64 table [B, 3 + 2P + 2KR], so that it comes back in one transfer.
-
-    With log-probabilities P + 2PA columns follow.
 
     Float64 holds every token id and every float32 log-probability exactly.
     """
     tokens_BN, parents_BN, depths_BN, bits_BN = flat_4BN.unbind(0)
-    logits_BNV = backbone.logits(hidden_BNH)
-    top_BN = logits_BNV.max(dim=-1)  # cheaper than argmax; both take the first of equals
+    top_BN = backbone.logits(hidden_BNH).max(dim=-1)  # cheaper than argmax; both take the first of equals
     chosen_BN = top_BN.indices if choices_BN is None else choices_BN
     best_B, path_BP = accept(tokens_BN, chosen_BN, parents_BN, depths_BN, ancestors(bits_BN), longest)
     if longest > 1:
@@ -217,10 +183,4 @@ def _settle(
         found_KBR = top_KBR.indices if vocabulary_U is None else vocabulary_U[top_KBR.indices]
         logprobs_KBR = top_KBR.values.float() - logits_KBU.float().logsumexp(-1, keepdim=True)
         parts += [found_KBR.transpose(0, 1).flatten(1), logprobs_KBR.transpose(0, 1).flatten(1)]
-    if alternatives is not None:
-        path_BPV = logits_BNV[rows_B[:, None], path_BP].float().log_softmax(-1)
-        chosen_BP = chosen_BN.gather(1, path_BP).clamp(min=0)
-        top_BPA = path_BPV.topk(alternatives, dim=-1)
-        parts.append(path_BPV.gather(2, chosen_BP[:, :, None])[:, :, 0])
-        parts += [top_BPA.indices.flatten(1), top_BPA.values.flatten(1)]
     return torch.cat([part.double() for part in parts], dim=1)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gorgon.decode.logprobs import Logprob
 from gorgon.decode.request import Generation
-from gorgon.decode.step import Logprob
 from gorgon.decode.text import TextStream
 from gorgon.serve.jobs import End, Event, Job
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from gorgon.core.draft import Draft
+from gorgon.decode.logprobs import Logprob
 from gorgon.decode.request import Generation, Request
-from gorgon.decode.step import Logprob
 from gorgon.errors import GorgonError
 
 

@@ -13,8 +13,8 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from gorgon.core.sampling import Sampling
+from gorgon.decode.logprobs import Logprob
 from gorgon.decode.request import Generation, Request
-from gorgon.decode.step import Logprob
 from gorgon.errors import GorgonError, SamplingError
 from gorgon.serve.choices import Choice, Delta, token_text
 from gorgon.serve.jobs import Submission

@@ -16,8 +16,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, ValidationError
 
 from gorgon.core.sampling import GREEDY, Sampling
+from gorgon.decode.logprobs import Logprob
 from gorgon.decode.request import Generation, Request
-from gorgon.decode.step import Logprob
 from gorgon.errors import GorgonError
 from gorgon.serve.choices import token_text
 from gorgon.serve.errors import ServeError, status_of

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from gorgon.core.sampling import GREEDY, Sampling
 from gorgon.decode.engine import Engine
 from gorgon.decode.request import Request
 from gorgon.serve.errors import BusyError, InternalError, UnavailableError
@@ -231,16 +232,17 @@ def _warm_up(lane: Lane, *, full: bool) -> None:
     """
     slots = lane.slots
     prompt = _warm_prompt(slots.engine)[: max(slots.context - WARM_TOKENS, 1)]
-    made = []
-    for _ in range(slots.count if full else 1):
-        made.append(slots.admit(Request(prompt, slots.context, ignore_end=True)))
-        slots.read_prompt()
-        for _ in range(WARM_STEPS):
-            slots.step()
-    for running in made:
-        slots.drop(running)
-        if running.error is not None:
-            raise running.error
+    for sampling in (GREEDY, Sampling(temperature=1.0, seed=0)) if full else (GREEDY,):
+        made = []
+        for _ in range(slots.count if full else 1):
+            made.append(slots.admit(Request(prompt, slots.context, sampling=sampling, ignore_end=True)))
+            slots.read_prompt()
+            for _ in range(WARM_STEPS):
+                slots.step()
+        for running in made:
+            slots.drop(running)
+            if running.error is not None:
+                raise running.error
 
 
 def _warm_prompt(engine: Engine) -> list[int]:
