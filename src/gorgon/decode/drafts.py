@@ -55,8 +55,7 @@ class StaticDrafter:
             return draft
         tokens = [root]
         if self._places:
-            if choices is None:  # the step before read no heads, as after a change of drafters
-                return Draft(tokens)
+            assert choices is not None
             table = choices.tokens
             tokens += [table[head][rank] for head, rank in self._places]
         tokens += copied
