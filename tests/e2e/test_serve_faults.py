@@ -77,7 +77,8 @@ def test_broken_http_and_header_floods(served, data):
 
 
 def test_a_client_that_stops_in_the_middle_of_its_body_is_forgotten(served):
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 5000\r\n\r\n{"
+    head = (b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"content-length: 5000\r\n\r\n{")  # fmt: skip
     for _ in range(20):
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
             connection.sendall(head)

@@ -224,7 +224,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6,
 )  # fmt: skip
 FIELDS = st.sampled_from(["messages", "temperature", "top_p", "n", "stop", "seed", "logit_bias", "max_tokens", "stream",
-                          "logprobs", "top_logprobs", "presence_penalty", "stream_options", "min_p", "model"])  # fmt: skip
+                          "logprobs", "top_logprobs", "presence_penalty", "stream_options", "min_p",
+                          "model"])  # fmt: skip
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

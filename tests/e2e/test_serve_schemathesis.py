@@ -7,8 +7,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.serve_support import make_engine, server
 
-OPERATIONS = ("GET /v1/models", "GET /v1/models/{name}", "POST /v1/chat/completions", "POST /v1/completions", "GET /ping",
-              "POST /invocations", "GET /health", "GET /metrics")  # fmt: skip
+OPERATIONS = ("GET /v1/models", "GET /v1/models/{name}", "POST /v1/chat/completions", "POST /v1/completions",
+              "GET /ping", "POST /invocations", "GET /health", "GET /metrics")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

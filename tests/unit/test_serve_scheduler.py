@@ -51,6 +51,7 @@ def test_answers_are_those_of_each_request_alone(engine, slots, clients, seed):
             tokens += event.ids
             if leaves:
                 submission.cancel()
+        raise AssertionError("a submission ended without an end")
 
     with scheduler(engine, slots=slots) as (made, run):
         plans = [(r, chance.random() * 0.3, chance.random() < 0.25) for r in requests]
@@ -138,6 +139,7 @@ def test_a_cancelled_request_leaves_within_one_step(engine):
                 if before is None:
                     submission.cancel()
                     before = steps()
+            raise AssertionError("a submission ended without an end")
 
         before, end = run(leave())
         assert isinstance(end.error, CancelledError)

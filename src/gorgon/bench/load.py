@@ -1,4 +1,4 @@
-"""Load: requests against a server, by clients that each wait for their answer, or at a rate that does not."""
+"""Load: requests against a server, by clients that each wait for their answer, or at a rate that waits for nothing."""
 
 from __future__ import annotations
 

@@ -117,8 +117,11 @@ def body_of(
     """A greedy, streaming request. TGI gets the messages' text alone: it knows no chats at this route."""
     if api == "tgi":
         text = "\n".join(m["content"] for m in messages)
-        parameters = {"max_new_tokens": max_tokens, "do_sample": False, **extra}
-        return {"inputs": text, "stream": True, "parameters": parameters}
+        return {
+            "inputs": text,
+            "stream": True,
+            "parameters": {"max_new_tokens": max_tokens, "do_sample": False, **extra},
+        }
     body: dict[str, Any] = {
         "messages": list(messages), "max_tokens": max_tokens, "temperature": 0, "stream": True,
         "stream_options": {"include_usage": True}, **extra,

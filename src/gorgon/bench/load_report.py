@@ -44,7 +44,7 @@ def summarize(level: Level, outcomes: Sequence[Outcome], expected: Mapping[int, 
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
-    """Mean, percentiles (nearest rank, so each is a value that occurred) and maximum in milliseconds; None for nothing."""
+    """Mean, percentiles (nearest rank, so each is a value that occurred) and maximum in ms; None for nothing."""
     if not seconds:
         return None
     ordered = sorted(seconds)

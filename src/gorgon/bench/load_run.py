@@ -44,7 +44,7 @@ def bench(
     out: Path | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Runs the levels against the server and returns the result; writes load.json, load.html and answers.jsonl to `out`.
+    """Runs the levels against the server and returns the result; `out` gets load.json, load.html and answers.jsonl.
 
     Answers are compared with the reference file if there is one, else with those of the first level.
     Args: reference: JSONL, a row per prompt in order, its answer in 'text' or 'answer'.

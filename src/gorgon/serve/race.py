@@ -97,7 +97,8 @@ class Race:
             return None
         accepted = draft.bits[event.node]
         return [
-            {"text": token_text(self._tokenizer, token), "parent": parent if i else None, "accepted": bool(accepted >> i & 1)}
+            {"text": token_text(self._tokenizer, token), "parent": parent if i else None,
+             "accepted": bool(accepted >> i & 1)}
             for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True))
         ]  # fmt: skip
 

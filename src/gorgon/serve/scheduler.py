@@ -1,8 +1,8 @@
 """The scheduler: one thread that owns the engine, and a bounded queue in front of it.
 
-The event loop hands jobs over under a lock; events come back in one `call_soon_threadsafe` per turn. Two lanes share the
-machine when plain decoding races Medusa in the playground: the lane that has had less time takes the next turn, so each
-gets half of it and neither waits for the other's steps.
+The event loop hands jobs over under a lock; events come back in one `call_soon_threadsafe` per turn. Two lanes share
+the machine when plain decoding races Medusa in the playground: the lane that has had less time takes the next turn, so
+each gets half of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ State = Literal["loading", "ready", "draining", "failed", "stopped"]
 STUCK_S = 30.0
 """A turn takes milliseconds; one that takes longer than this will hardly end."""
 MOST_FAULTS = 3
-"""Turns that may fail one after another before the server calls itself failed, and is replaced by whoever watches it."""
+"""Turns that may fail in a row before the server calls itself failed, to be replaced by whoever watches it."""
 WARM_TOKENS, WARM_STEPS = 12, 3
 
 log = logging.getLogger("gorgon.serve")

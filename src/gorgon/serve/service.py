@@ -75,8 +75,9 @@ class Service:
         """
         room = self.scheduler.context - len(prompt_ids)
         if room < 1:
+            most = self.scheduler.context - 1
             raise LimitError("the prompt does not fit into the context", field="prompt",
-                             value=f"{len(prompt_ids)} tokens", allowed=f"at most {self.scheduler.context - 1}")  # fmt: skip
+                             value=f"{len(prompt_ids)} tokens", allowed=f"at most {most}")  # fmt: skip
         return room
 
     def check(self, request: Request, limit_field: str) -> Request:
