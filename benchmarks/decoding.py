@@ -3,7 +3,8 @@
     python benchmarks/decoding.py MODEL --rows sql_test.jsonl --name sql
 
 Every setting is decoded both ways in every trial, in turn, and the tokens are compared before a speed is reported:
-greedy and sampled answers (one seed, a stream per prompt) must be those of plain decoding. Writes results/decoding-NAME.json.
+greedy and sampled answers (one seed, a stream per prompt) must be those of plain decoding.
+Writes results/decoding-NAME.json.
 """
 
 from __future__ import annotations
@@ -93,9 +94,8 @@ def main() -> None:
         for t, n in settings
     ]  # fmt: skip
     for row in rows:
-        say(
-            f"temperature {row['temperature']}, {row['together']} together: {row['speedup']}x, {row['exact_match']} equal"
-        )
+        where = f"temperature {row['temperature']}, {row['together']} together"
+        say(f"{where}: {row['speedup']}x, {row['exact_match']} equal")
     result = {"name": f"decoding-{options.name}", "prompts": len(prompts), "trials": options.trials, "rows": rows,
               "steps": engine.backbone.steps, "threads": torch.get_num_threads(), **provenance()}  # fmt: skip
     write_json(ROOT / "benchmarks" / "results" / f"decoding-{options.name}.json", result)
