@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-OTHERS = ("peers-", "limits")
+OTHERS = ("peers-", "limits", "decoding-", "step-profile", "serve")
 """Results that other benchmarks write; they are no recipe's run."""
 
 

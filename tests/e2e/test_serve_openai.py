@@ -208,6 +208,8 @@ def test_request_ids_come_back_and_strange_ones_do_not(served):
 
 
 def test_metrics_tell_what_happened(served):
+    get(served, "/v1/models")
+    assert post(served, "/v1/chat/completions", ask())[0] == 200
     status, _, text = get(served, "/metrics")
     assert status == 200
     values = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if not line.startswith("#"))

@@ -89,7 +89,8 @@ def test_a_static_tree_drops_what_it_cannot_fill():
     full = drafter.draft(2, choices, context)
     assert (full.tokens, full.parents) == ([2, 7, 9, 8, 3, 1, 2], [0, 0, 1, 0, 0, 4, 5])
     assert drafter.draft(5, choices, NgramIndex([1, 2, 5])).tokens == [5, 7, 9, 8]
-    assert drafter.draft(2, None, context).nodes == 1
+    alone = drafter.draft(2, None, context)
+    assert (alone.tokens, alone.parents) == ([2, 3, 1, 2], [0, 0, 1, 2]), "without heads the copies alone"
 
 
 def test_counts_become_rates_and_thin_cells_lean_on_their_kind():
