@@ -256,3 +256,21 @@ def test_a_cache_that_does_not_fit_is_refused_with_what_would(engine):
     assert refused.value.hint == "--slots 3 fits"
     with pytest.raises(LimitError, match="context is shorter"):
         plan_kv(engine, config(context=engine.backbone.max_length + 1))
+
+
+def test_nothing_is_compiled_after_the_warm_up():
+    """Otherwise the first request of some kind would stall everybody for seconds."""
+    from torch._dynamo.utils import counters
+
+    engine = make_engine()
+    engine.backbone.run_steps("recorded")
+    engine = engine.with_drafter(engine.drafters[1])
+    requests = [r for seed in range(3) for r in varied_requests(engine, 8, seed)]
+    with scheduler(engine, slots=3, playground=False) as (made, run):
+        before = counters["stats"]["unique_graphs"]
+        assert before > 0
+        for request in requests[:6]:
+            run(collect(made, [request]))
+            run(collect(made, [request]))
+        run(collect(made, requests))
+        assert counters["stats"]["unique_graphs"] == before

@@ -68,7 +68,9 @@ class DraftBatch:
         if len(drafts) == 1:
             flat_4BN = torch.tensor(drafts[0].flat(size)).view(4, 1, size)
         else:
-            flat_4BN = torch.tensor([d.flat(size) for d in drafts]).view(len(drafts), 4, size).transpose(0, 1)
+            flat_4BN = (
+                torch.tensor([d.flat(size) for d in drafts]).view(len(drafts), 4, size).transpose(0, 1).contiguous()
+            )
         longest = max(max(d.depths) for d in drafts) + 1
         return DraftBatch(flat_4BN.to(device, non_blocking=True), longest)
 
@@ -122,7 +124,8 @@ class Stepper:
         start_1 = torch.tensor([start], device=self.backbone.device)
         if not cache.keys:  # a compiled function must find the buffers there, or it is compiled twice
             _prompt(self.backbone, cache, tokens_1T[:, :1], start_1, start + 1)
-        return self._prompt(self.backbone, cache, tokens_1T, start_1, start + len(tokens))[:, -1:]
+        hidden_1TH = self._prompt(self.backbone, cache, tokens_1T, start_1, start + len(tokens))
+        return hidden_1TH[0, -1:].clone()[None]  # a view's strides tell of the prompt's length: compiled again for each
 
     def _decided(self, row: list[float], longest: int) -> Decided:
         node, depth = int(row[0]), int(row[1])
