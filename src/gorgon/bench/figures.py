@@ -146,7 +146,7 @@ def candidate_rates(candidates: Sequence[Mapping[str, Any]], chosen: Mapping[str
         if dynamic:
             axes.scatter([c["mean_nodes"] for c in dynamic], [c["tokens_per_s"] for c in dynamic], s=9,
                          color=svg.MEDUSA, alpha=0.7, linewidths=0, zorder=3, label="dynamic trees")  # fmt: skip
-            axes.legend(loc="lower right", frameon=False, fontsize=7.5)
+            axes.legend(loc="upper right", frameon=False, fontsize=7.5)
         right = max(c["mean_nodes"] for c in candidates)
         labels = _spread([e[0][1] for e in ends], 0.075 * 1.15 * best["tokens_per_s"])
         for ((x, _), text), y in zip(ends, labels, strict=True):
