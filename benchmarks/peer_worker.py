@@ -19,6 +19,7 @@ import pipe
 
 from gorgon.bench.compare import best_tree, read_document
 from gorgon.bench.decoders import EngineDecoder, TransformersDecoder
+from gorgon.core.phrasebook import Phrasebook
 from gorgon.core.tree import DraftTree
 from gorgon.decode.candidates import drafter_of
 from gorgon.decode.engine import Engine
@@ -43,7 +44,7 @@ def our_engine(model: str, tree: str, nodes: int) -> Engine:
         return engine.with_tree(best_tree(tuned, nodes))
     if tree == "ngram":
         tuned = read_document(Path(model) / "tree.json", "best_static", "tune")
-        return engine.with_drafter(drafter_of(tuned["best_static"], None))
+        return engine.with_drafter(drafter_of(tuned["best_static"], Phrasebook()))
     assert tree == "tuned"
     return engine
 

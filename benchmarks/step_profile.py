@@ -28,7 +28,7 @@ from gorgon.decode.load import load_engine, read_drafters
 from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.step import DraftBatch, HeadChoices, Stepper
 from gorgon.models.cache import TreeCache
-from gorgon.models.directory import read_tree_file
+from gorgon.models.directory import read_phrasebook, read_tree_file
 from gorgon.progress import say
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +54,8 @@ def profile(model: Path, mode: Any) -> dict[str, dict[str, float]]:
     """Part -> ms by number of nodes, for one way of running steps."""
     engine = load_engine(model, dtype="float32", steps=mode)
     backbone, document = engine.backbone, read_tree_file(model)
-    drafter = next((d for d in read_drafters(document).values() if isinstance(d, DynamicDrafter)), None)
+    drafters = read_drafters(document, read_phrasebook(model, backbone.vocab_size)).values()
+    drafter = next((d for d in drafters if isinstance(d, DynamicDrafter)), None)
     assert engine.heads is not None
     count, width = len(engine.heads), max(1, engine.drafter(1).width)
     bare = Stepper(backbone, None, 0, None)
@@ -76,7 +77,7 @@ def profile(model: Path, mode: Any) -> dict[str, dict[str, float]]:
         with_heads = settle if nodes == 1 else median_ms(lambda: full.settle(cache, batch, lengths, hidden))  # noqa: B023
         drafting = 0.0
         if drafter is not None and nodes > 1:
-            grown = DynamicDrafter(drafter.rates, nodes=nodes, threshold=0.001, width=width)
+            grown = DynamicDrafter(drafter.acceptance, drafter.phrasebook, nodes=nodes, threshold=0.001, width=width)
             drafting = median_ms(lambda: grown.draft(7, choices, context))  # noqa: B023
         found[str(nodes)] = {
             "draft": round(drafting, 4), "forward": round(forward, 4), "accept and commit": round(settle, 4),

@@ -213,11 +213,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return loaded
 
 
-def write_json(path: Path, document: object) -> None:
+def write_json(path: Path, document: object, *, indent: int | None = 2) -> None:
     """Writes JSON to a temporary file, syncs it, and renames it into place."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2, ensure_ascii=False)
+        json.dump(document, file, indent=indent, ensure_ascii=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())

@@ -123,8 +123,11 @@ class TuneConfig(StepConfig):
     """Rank statistics, measured step times, and the draft tree that maximises tokens per second."""
 
     model: str | None = Field(None, description="Directory that `train-heads` wrote.")
-    data: str | None = Field(None, description="Directory that `prepare` wrote; its validation prompts calibrate.")
-    prompts: int = Field(100, ge=1, description="Validation prompts that the model answers for the statistics.")
+    data: str | None = Field(
+        None, description="Directory that `distill` or `prepare` wrote: validation prompts calibrate, training answers "
+        "make the phrasebook.",
+    )  # fmt: skip
+    prompts: int = Field(100, ge=1, description="Validation prompts with the model's answers that are counted.")
     max_new_tokens: int = Field(128, ge=1, description="Length limit of one answer, in tokens.")
     max_nodes: int = Field(64, ge=1, le=64, description="Largest tree considered, root included.")
     max_rank: int = Field(10, ge=1, le=64, description="Ranks of a head that may become nodes.")
@@ -133,6 +136,7 @@ class TuneConfig(StepConfig):
     )
     dynamic: bool = Field(True, description="Also try trees grown in every step from what heads and context say.")
     width: int = Field(6, ge=1, le=64, description="Choices of a head that a dynamic tree looks at.")
+    phrasebook: bool = Field(True, description="Also draft what usually follows in the training answers.")
     batch_sizes: list[int] = Field([1], min_length=1, description="Numbers of sequences decoded together to tune for.")
     draft_coverage: float = Field(
         0.999, gt=0, le=1, description="Heads draft the tokens that make up this share of all answers; 1 drafts any."

@@ -128,6 +128,7 @@ def _wired(sections: Mapping[str, dict[str, Any]], model: str, out: Path) -> dic
     """Sections in running order with their inputs: the outputs of earlier steps, unless the recipe names others."""
     wired = {}
     backbone, data, with_heads = model, str(out / "prepare"), str(out / "train-heads")
+    written = str(out / "distill") if "distill" in sections else data  # what the model itself writes, if it was asked
     for step in STEPS:
         if step not in sections:
             continue
@@ -135,8 +136,8 @@ def _wired(sections: Mapping[str, dict[str, Any]], model: str, out: Path) -> dic
             "prepare": {"model": model},
             "finetune": {"model": model, "data": data},
             "distill": {"model": backbone, "data": data},
-            "train-heads": {"model": backbone, "data": str(out / "distill") if "distill" in sections else data},
-            "tune": {"model": with_heads, "data": data},
+            "train-heads": {"model": backbone, "data": written},
+            "tune": {"model": with_heads, "data": written},
             "compare": {"model": str(out / "tune"), "data": data},
         }[step]
         wired[step] = {**inputs, **sections[step]}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gorgon.core.heads import MedusaHeads
+from gorgon.core.phrasebook import Phrasebook
 from gorgon.core.rank_stats import best_tree, count_prefixes, replay
 from gorgon.data.chat import encode_prompt
 from gorgon.data.sample import generate_rows
@@ -48,8 +49,9 @@ def test_a_replay_is_what_the_engine_does_step_by_step(setting, kind, coverage):
     recordings = [record(engine, p, a, 6) for p, a in zip(prompts, answers, strict=True)]
     ngram = 0 if kind == "heads" else 5
     if kind == "dynamic":
-        rates = count_acceptance(recordings, 3).rates()
-        drafter = DynamicDrafter(rates, nodes=10, threshold=0.02, width=4)
+        phrasebook = Phrasebook.of(answers[:8])
+        acceptance = count_acceptance(recordings, 2, 4, phrasebook).fit()
+        drafter = DynamicDrafter(acceptance, phrasebook, nodes=10, threshold=0.02, width=4)
     else:
         counts = count_prefixes((p for r in recordings for p in r.positions), max_rank=6, ngram=ngram)
         drafter = StaticDrafter(best_tree(counts, 10, ngram=ngram))

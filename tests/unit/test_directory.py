@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gorgon.core.heads import MedusaHeads
+from gorgon.core.phrasebook import Phrasebook
 from gorgon.decode.load import read_drafters
 from gorgon.errors import ModelError, ShapeError
 from gorgon.models.backbone import load_backbone, load_tokenizer, resolve_model
@@ -146,13 +147,17 @@ def test_an_empty_directory_is_no_model(tmp_path):
         ("{", ModelError),
         ('{"trees": []}', ModelError),
         ('{"format": 1, "trees": []}', ModelError),
-        ('{"format": 2}', ModelError),
-        ('{"format": 2, "trees": [{"batch_size": 1, "kind": "static", "paths": [[0, 0]], "ngram": 0}]}', ShapeError),
-        ('{"format": 2, "trees": [{"batch_size": 1, "kind": "static", "paths": 3, "ngram": 0}]}', ModelError),
-        ('{"format": 2, "trees": [{"batch_size": 1, "kind": "magic"}]}', ModelError),
-        ('{"format": 2, "acceptance": [[[2.0]]], "trees": []}', ModelError),
+        ('{"format": 3}', ModelError),
+        ('{"format": 3, "trees": [{"batch_size": 1, "kind": "static", "paths": [[0, 0]], "ngram": 0}]}', ShapeError),
+        ('{"format": 3, "trees": [{"batch_size": 1, "kind": "static", "paths": 3, "ngram": 0}]}', ModelError),
+        ('{"format": 3, "trees": [{"batch_size": 1, "kind": "magic"}]}', ModelError),
         (
-            '{"format": 2, "trees": [{"batch_size": 1, "kind": "dynamic", "nodes": 4, "threshold": 0.1, "width": 2}]}',
+            '{"format": 3, "trees": [{"batch_size": 1, "kind": "dynamic", "nodes": 4, "threshold": 0.1, "width": 2}]}',
+            ModelError,
+        ),
+        (
+            '{"format": 3, "trees": [{"batch_size": 1, "kind": "dynamic", "nodes": 4, "threshold": 0.1, "width": 2, '
+            '"acceptance": {"bins": [[2.0]], "states": [[0.1]], "levels": [[0.1]]}}]}',
             ModelError,
         ),
     ],
@@ -161,7 +166,7 @@ def test_tree_files(tmp_path, content, error):
     if content is not None:
         (tmp_path / "tree.json").write_text(content)
     with pytest.raises(error):
-        read_drafters(read_tree_file(tmp_path))
+        read_drafters(read_tree_file(tmp_path), Phrasebook())
 
 
 @pytest.mark.parametrize(

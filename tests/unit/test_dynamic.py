@@ -1,12 +1,14 @@
 """Dynamic trees against a literal construction, and the acceptance statistics behind them."""
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gorgon.core.acceptance import BINS, UNLISTED, AcceptanceCounts, bin_of, check_rates, state_of
+from gorgon.core.acceptance import BINS, UNLISTED, Acceptance, AcceptanceCounts, bin_of, state_of
+from gorgon.core.phrasebook import ANOTHER, LEVELS, UNKNOWN, Phrasebook
 from gorgon.core.tree import DraftTree
 from gorgon.decode.calibrate import accepted_depth
 from gorgon.decode.drafts import StaticDrafter
@@ -21,15 +23,18 @@ HEADS = 2
 
 @st.composite
 def settings_of_a_step(draw):
-    rate = st.floats(0.01, 0.99)
-    rates = [[[draw(rate) for _ in range(STATES)] for _ in range(BINS)] for _ in range(HEADS + 1)]
+    odds = st.floats(-2, 2)
+    tables = ([[draw(odds) for _ in range(n)] for _ in range(HEADS + 1)] for n in (BINS, STATES, LEVELS))
     tokens = [draw(st.permutations(range(5)))[:3] for _ in range(HEADS)]
     logprobs = [sorted((draw(st.floats(-6, 0)) for _ in range(3)), reverse=True) for _ in range(HEADS)]
     context = draw(st.lists(st.integers(0, 4), min_size=1, max_size=20))
-    return rates, HeadChoices(tokens, logprobs), context
+    phrase = st.lists(st.integers(0, 4), min_size=1, max_size=3).map(tuple)
+    usual = st.dictionaries(st.integers(0, 4), st.integers(2, LEVELS - 1), max_size=3)
+    phrasebook = Phrasebook(draw(st.dictionaries(phrase, usual, max_size=12)))
+    return Acceptance(*tables), HeadChoices(tokens, logprobs), context, phrasebook
 
 
-def literal_rates(rates, choices, context, depth):
+def literal_rates(acceptance, choices, context, phrasebook, depth):
     """The rate of every path of up to `depth` tokens that could be drafted."""
     index = NgramIndex(context)
     found = {}
@@ -37,16 +42,21 @@ def literal_rates(rates, choices, context, depth):
         for path in itertools.product(range(5), repeat=size):
             product = 1.0
             for i, token in enumerate(path):
-                place, matched = index.find(tuple([*context, *path[:i]][-LONGEST_SUFFIX:]))
+                suffix = tuple([*context, *path[:i]][-LONGEST_SUFFIX:])
+                place, matched = index.find(suffix)
                 same = bool(matched) and index.tokens[place] == token
+                usual = phrasebook.usual(suffix)
+                level = UNKNOWN if usual is None else usual.get(token, ANOTHER)
                 if i < HEADS and token in choices.tokens[i]:
                     at = bin_of(choices.logprobs[i][choices.tokens[i].index(token)])
-                elif same:
+                elif same or level > ANOTHER:
                     at = UNLISTED
                 else:
                     product = 0.0
                     break
-                product *= rates[min(i, HEADS)][at][state_of(matched, same)]
+                head = min(i, HEADS)
+                odds = acceptance.bins[head][at] + acceptance.states[head][state_of(matched, same)]
+                product /= 1 + math.exp(-odds - acceptance.levels[head][level])
             if product > 0:
                 found[path] = product
     return found
@@ -55,10 +65,10 @@ def literal_rates(rates, choices, context, depth):
 @settings(max_examples=40)
 @given(settings_of_a_step(), st.integers(1, 12))
 def test_the_likeliest_nodes_are_drafted(setting, nodes):
-    rates, choices, context = setting
-    drafter = DynamicDrafter(rates, nodes=nodes, threshold=0.05, width=3)
+    acceptance, choices, context, phrasebook = setting
+    drafter = DynamicDrafter(acceptance, phrasebook, nodes=nodes, threshold=0.05, width=3)
     draft = drafter.draft(context[-1], choices, NgramIndex(context))
-    possible = {p: r for p, r in literal_rates(rates, choices, context, 4).items() if r >= 0.05}
+    possible = {p: r for p, r in literal_rates(acceptance, choices, context, phrasebook, 4).items() if r >= 0.05}
     paths = {}
     for node in range(1, draft.nodes):
         paths[node] = (*paths.get(draft.parents[node], ()), draft.tokens[node])
@@ -75,11 +85,14 @@ def test_the_likeliest_nodes_are_drafted(setting, nodes):
 
 
 def test_without_heads_or_room_there_is_the_context_or_nothing():
-    rates = [[[0.5] * STATES for _ in range(BINS)] for _ in range(HEADS + 1)]
+    even = Acceptance(*([[0.0] * n for _ in range(HEADS + 1)] for n in (BINS, STATES, LEVELS)))
     context = NgramIndex([1, 2, 3, 1, 2])
-    draft = DynamicDrafter(rates, nodes=4, threshold=0.01, width=3).draft(2, None, context)
+    draft = DynamicDrafter(even, Phrasebook(), nodes=4, threshold=0.01, width=3).draft(2, None, context)
     assert draft.tokens == [2, 3, 1, 2]
-    assert DynamicDrafter(rates, nodes=1, threshold=0.01, width=3).draft(2, None, context).tokens == [2]
+    draft = DynamicDrafter(even, Phrasebook({(2,): {9: 5}}), nodes=4, threshold=0.3, width=3).draft(2, None, context)
+    assert sorted(draft.tokens) == [2, 3, 9] and draft.parents == [0, 0, 0]
+    draft = DynamicDrafter(even, Phrasebook(), nodes=1, threshold=0.01, width=3).draft(2, None, context)
+    assert draft.tokens == [2]
 
 
 def test_a_static_tree_drops_what_it_cannot_fill():
@@ -93,21 +106,39 @@ def test_a_static_tree_drops_what_it_cannot_fill():
     assert (alone.tokens, alone.parents) == ([2, 3, 1, 2], [0, 0, 1, 2]), "without heads the copies alone"
 
 
-def test_counts_become_rates_and_thin_cells_lean_on_their_kind():
+def test_counts_become_rates_and_thin_cells_lean_on_what_the_heads_share():
     counts = AcceptanceCounts(1, LONGEST_SUFFIX)
-    for right in [True] * 80 + [False] * 20:
-        counts.add(0, 5, state_of(1, True), right)
-    for right in [True] * 1 + [False] * 99:
-        counts.add(0, 5, state_of(1, False), right)
-    rates = counts.rates()
-    assert rates[0][5][state_of(1, True)] == pytest.approx(0.8, abs=0.02)
-    assert rates[0][5][state_of(3, True)] == pytest.approx(0.77, abs=0.02)
-    assert rates[0][5][state_of(3, False)] < 0.03
-    assert all(0 < rate < 1 for rows in rates for row in rows for rate in row)
-    assert check_rates(rates) == rates
-    for broken in (None, 3, [[[0.5]]], [[[0.5] * STATES] * BINS, [[2.0] * STATES] * BINS]):
+    for head, often in ((0, 100), (1, 4)):
+        for i in range(often):
+            counts.add((head, 5, state_of(1, True), UNKNOWN), i % 5 > 0)
+            counts.add((head, 5, state_of(1, False), UNKNOWN), i % 50 == 49)
+            counts.add((head, 5, state_of(1, False), LEVELS - 1), i % 2 == 0)
+    acceptance = counts.fit()
+    rates = acceptance.rates()
+    assert rates[0][5][state_of(1, True)][UNKNOWN] == pytest.approx(0.8, abs=0.04)
+    assert rates[0][5][state_of(1, False)][UNKNOWN] < 0.06
+    assert rates[0][5][state_of(1, False)][LEVELS - 1] == pytest.approx(0.5, abs=0.05)
+    assert rates[0][5][state_of(1, True)][LEVELS - 1] > 0.8, "evidence adds up where it was never seen together"
+    assert rates[1][5][state_of(1, False)][UNKNOWN] < 0.25, "four observations lean on the other head's hundred"
+    assert all(0 < r < 1 for head in rates for bins in head for states in bins for r in states)
+    assert counts.fit() == acceptance
+
+
+@pytest.mark.parametrize("key", ["bins", "states", "levels", None])
+def test_an_acceptance_table_survives_json_and_a_broken_one_is_refused(key):
+    table = Acceptance(*([[0.5] * n for _ in range(HEADS + 1)] for n in (BINS, STATES, LEVELS)))
+    document = table.as_json()
+    assert Acceptance.of_json(document) == table
+    if key is None:
+        broken = [None, 3, {}, []]
+    else:
+        rows = document[key]
+        changed = ([], rows[:-1], [row[:-1] for row in rows[:1]] + rows[1:], [["x"] * len(rows[0])] * len(rows),
+                   [[1e9] * len(rows[0])] * len(rows))  # fmt: skip
+        broken = [{**document, key: value} for value in changed]
+    for one in broken:
         with pytest.raises(ModelError, match="acceptance"):
-            check_rates(broken)
+            Acceptance.of_json(one)
 
 
 def test_bins_are_ordered_and_states_distinct():

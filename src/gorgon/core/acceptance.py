@@ -1,19 +1,25 @@
-"""How likely a draft is right, given what the heads and the context say of it: counted on text that the model wrote.
+"""How likely a draft is right, given what heads, context and phrasebook say of it: learnt on text that the model wrote.
 
-A head's probability is no acceptance rate: heads are over- or under-confident, and whether the context offers the same
-token tells more than either alone. So candidates are sorted into cells by head, by the head's probability and by what
-the context offers there, and each cell's rate is counted.
+A head's probability is no acceptance rate: heads are over- or under-confident, and whether the context or the model's
+habits offer the same token tells more than the head alone. So each candidate is described by three small numbers, and
+a logistic regression on counts weighs them: bin (the head's probability), state (what the context offers there) and
+level (how usual the token is behind the ones before it).
 Source: best-first trees from a drafter's own probabilities are OPT-Tree (arXiv:2406.17276) and DDTree
-(arXiv:2604.12989); calibrating them by counting, with the context's evidence as a second signal, is ours.
+(arXiv:2604.12989); calibrating them on the context's and the phrasebook's evidence is ours.
+Shapes: C cells, F features of a cell, W weights.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from gorgon.core.phrasebook import LEVELS
 from gorgon.errors import ModelError
 
 BORDERS = tuple(math.log(p) for p in (0.005, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96, 0.99))
@@ -21,10 +27,13 @@ BORDERS = tuple(math.log(p) for p in (0.005, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5
 UNLISTED = 0
 """Bin of a token that is not among the head's choices; the others count from 1."""
 BINS = len(BORDERS) + 2
-Rates = list[list[list[float]]]
-"""Acceptance rate by head, bin and state."""
-PRIOR = 4.0
-"""Weight, in observations, of the coarser cell's rate within a finer one."""
+Rates = list[list[list[list[float]]]]
+"""Acceptance rate by head, bin, state and level; the last head's are for depths beyond the heads."""
+Cell = tuple[int, int, int, int]
+"""Head, bin, state, level."""
+PENALTY = 1.0
+"""Half of it times the squared weights is added to the regression's loss: thin cells lean on what all heads share."""
+ITERATIONS = 100
 
 
 def bin_of(logprob: float) -> int:
@@ -39,52 +48,93 @@ def state_of(matched: int, same: bool) -> int:
 
 @dataclass
 class AcceptanceCounts:
-    """Right and all candidates by (head, bin, state). Candidates beyond the last head are counted under head K."""
+    """Right and all candidates by cell. Candidates beyond the last head are counted under head K.
+
+    Attributes: longest: matched tokens at most, which bounds the states.
+    """
 
     heads: int
     longest: int
-    right: list[list[list[int]]] = field(init=False)
-    seen: list[list[list[int]]] = field(init=False)
+    right: Counter[Cell] = field(default_factory=Counter)
+    seen: Counter[Cell] = field(default_factory=Counter)
 
-    def __post_init__(self) -> None:
-        states = 2 * self.longest + 1
-        self.right = [[[0] * states for _ in range(BINS)] for _ in range(self.heads + 1)]
-        self.seen = [[[0] * states for _ in range(BINS)] for _ in range(self.heads + 1)]
-
-    def add(self, head: int, place: int, state: int, right: bool) -> None:
+    def add(self, cell: Cell, right: bool) -> None:
         """One candidate whose parent was right."""
-        self.seen[head][place][state] += 1
-        self.right[head][place][state] += right
+        self.seen[cell] += 1
+        self.right[cell] += right
+
+    def fit(self) -> Acceptance:
+        """The regression: a cell's log-odds are the sum of its bin's, its state's and its level's, each the head's own
+        plus one that all heads share. Deterministic."""
+        states, cells = 2 * self.longest + 1, sorted(self.seen)
+        sizes = (BINS, states, LEVELS)
+        offsets = [sum(sizes[:i]) for i in range(3)]
+        width = sum(sizes)
+        shared = (self.heads + 1) * width
+        own_CF = [[c[0] * width + o + v for o, v in zip(offsets, c[1:], strict=True)] for c in cells]
+        features_CF = torch.tensor([[*own, *(shared + f % width for f in own)] for own in own_CF], dtype=torch.int64)
+        right_C = torch.tensor([self.right[c] for c in cells], dtype=torch.float64)
+        seen_C = torch.tensor([self.seen[c] for c in cells], dtype=torch.float64)
+        weights_W = torch.zeros(shared + width, dtype=torch.float64, requires_grad=True)
+        base = math.log((self.right.total() + 1) / (self.seen.total() - self.right.total() + 1))
+        solver = torch.optim.LBFGS([weights_W], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+        def loss() -> torch.Tensor:
+            solver.zero_grad()
+            odds_C = base + weights_W[features_CF.view(len(cells), 6)].sum(1)
+            value = (seen_C * torch.nn.functional.softplus(odds_C) - right_C * odds_C).sum()
+            value = value + PENALTY / 2 * weights_W.square().sum()
+            value.backward()  # type: ignore[no-untyped-call]
+            return value
+
+        with torch.enable_grad():
+            solver.step(loss)  # type: ignore[no-untyped-call]
+        table = weights_W.detach().view(self.heads + 2, width)
+        table = table[:-1] + table[-1]
+        bins, rest = table[:, :BINS] + base, table[:, BINS:]
+        return Acceptance(bins.tolist(), rest[:, :states].tolist(), rest[:, states:].tolist())
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Log-odds that a candidate is right, as three terms per head: by bin, by state, by level."""
+
+    bins: list[list[float]]
+    states: list[list[float]]
+    levels: list[list[float]]
+
+    @property
+    def heads(self) -> int:
+        """K; the row behind the last head is for greater depths."""
+        return len(self.bins) - 1
 
     def rates(self) -> Rates:
-        """Acceptance rate by (head, bin, state); a thin cell leans on its kind in the (head, bin)."""
-        table = []
-        for right_BS, seen_BS in zip(self.right, self.seen, strict=True):
-            rows = []
-            for right_S, seen_S in zip(right_BS, seen_BS, strict=True):
-                row = []
-                for group in ([0], range(1, len(seen_S), 2), range(2, len(seen_S), 2)):  # nothing, same, other token
-                    right, seen = sum(right_S[s] for s in group), sum(seen_S[s] for s in group)
-                    base = (right + 0.5) / (seen + 5.0)
-                    row += [(s, (right_S[s] + PRIOR * base) / (seen_S[s] + PRIOR)) for s in group]
-                rows.append([rate for _, rate in sorted(row)])
-            table.append(rows)
-        return table
+        """Every cell's acceptance rate."""
+        return [
+            [[[1 / (1 + math.exp(-(b + s + v))) for v in level] for s in state] for b in bins]
+            for bins, state, level in zip(self.bins, self.states, self.levels, strict=True)
+        ]
 
+    def as_json(self) -> dict[str, Any]:
+        """The form in tree.json."""
+        return {
+            name: [[round(x, 4) for x in row] for row in getattr(self, name)] for name in ("bins", "states", "levels")
+        }
 
-def check_rates(table: Any) -> Rates:
-    """A table of rates as a file holds it.
+    @staticmethod
+    def of_json(document: Any) -> Acceptance:
+        """What `as_json` gave.
 
-    Raises: ModelError when it has not the form of `AcceptanceCounts.rates`.
-    """
-    try:
-        states = {len(row) for rows in table for row in rows}
-        fine = len(states) == 1 and all(len(rows) == BINS for rows in table)
-        fine = fine and all(0 <= float(rate) <= 1 for rows in table for row in rows for rate in row)
-    except TypeError:
-        fine = False
-    if not fine:
-        raise ModelError(
-            "the table of acceptance rates is malformed", field="acceptance", hint="run `gorgon tune` again"
-        )
-    return [[[float(rate) for rate in row] for row in rows] for rows in table]
+        Raises: ModelError when it has another form.
+        """
+        try:
+            tables = [[[float(x) for x in row] for row in document[name]] for name in ("bins", "states", "levels")]
+            widths = [{len(row) for row in table} for table in tables]
+            fine = widths[0] == {BINS} and len(widths[1]) == 1 and widths[2] == {LEVELS}
+            fine = fine and len({len(table) for table in tables}) == 1
+            fine = fine and all(abs(x) < 100 for table in tables for row in table for x in row)
+        except (TypeError, KeyError, ValueError):
+            fine = False
+        if not fine:
+            raise ModelError("the acceptance table is malformed", field="acceptance", hint="run `gorgon tune` again")
+        return Acceptance(*tables)

@@ -12,18 +12,23 @@ from dataclasses import dataclass
 
 import torch
 
-from gorgon.core.acceptance import UNLISTED, AcceptanceCounts, bin_of, state_of
+from gorgon.core.acceptance import AcceptanceCounts
 from gorgon.core.draft import Draft
 from gorgon.core.heads import MedusaHeads
 from gorgon.core.loss import head_labels, label_ranks
+from gorgon.core.phrasebook import Phrasebook
 from gorgon.core.rank_stats import Position
 from gorgon.decode.drafts import Drafter
+from gorgon.decode.dynamic import candidates, listed
 from gorgon.decode.engine import Engine
 from gorgon.decode.ngrams import LONGEST_SUFFIX, NgramIndex
 from gorgon.decode.step import HeadChoices
 from gorgon.errors import Interrupted
 from gorgon.interrupts import requested
 from gorgon.progress import bar
+
+BEYOND = 3
+"""Depths beyond the last head whose candidates are counted."""
 
 
 @dataclass(frozen=True)
@@ -135,26 +140,21 @@ def _read_heads(
     return by_position, choices
 
 
-def count_acceptance(recordings: Sequence[Recording], heads: int) -> AcceptanceCounts:
-    """Counts every candidate that a dynamic tree could have had at a right node, by what heads and context said."""
+def count_acceptance(
+    recordings: Sequence[Recording], heads: int, width: int, phrasebook: Phrasebook
+) -> AcceptanceCounts:
+    """Counts every candidate that a dynamic tree of the first `heads` heads could have had at a right node."""
     counts = AcceptanceCounts(heads, LONGEST_SUFFIX)
     for recording in recordings:
         context = NgramIndex(recording.prompt_ids)
         answer = recording.answer_ids
         for i, choices in enumerate(recording.choices):
             context.extend([answer[i]])
-            suffix = context.tail()
-            for depth in range(min(heads + 2, len(answer) - 1 - i)):
+            suffix, by_depth = context.tail(), listed(choices, heads, width)
+            for depth in range(min(heads + BEYOND, len(answer) - 1 - i)):
                 true = answer[i + 1 + depth]
-                place, matched = context.find(suffix)
-                offered = context.tokens[place] if matched else -1
-                if choices is not None and depth < heads:
-                    for token, logprob in zip(choices.tokens[depth], choices.logprobs[depth], strict=True):
-                        state = state_of(matched, token == offered)
-                        counts.add(depth, bin_of(logprob), state, token == true)
-                        offered = -1 if token == offered else offered
-                if offered >= 0:
-                    counts.add(min(depth, heads), UNLISTED, state_of(matched, True), offered == true)
+                for token, bin_, state, level in candidates(by_depth, depth, suffix, context, phrasebook):
+                    counts.add((min(depth, heads), bin_, state, level), token == true)
                 suffix = (*suffix[1 - LONGEST_SUFFIX :], true)
     return counts
 

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from gorgon.config import TuneConfig
-from gorgon.core.acceptance import Rates
+from gorgon.core.acceptance import Acceptance
+from gorgon.core.phrasebook import Phrasebook
 from gorgon.core.rank_stats import best_tree, count_prefixes, replay
 from gorgon.core.tree import DraftTree
 from gorgon.decode.calibrate import Recording, replay_drafter
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.dynamic import DynamicDrafter
-from gorgon.decode.timing import step_ms
+from gorgon.decode.timing import StepCosts
 
-THRESHOLDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+THRESHOLDS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.45)
 """Least acceptance rates of a dynamic tree's nodes that are tried."""
 DYNAMIC_SIZES = (4, 6, 8, 12, 16, 24, 32, 48, 64)
+PROBES = ((8, 0.06), (16, 0.1))
+"""Sizes and thresholds at which numbers of heads are compared; the best two of them are tried at all."""
 TextCounts = Counter[tuple[int, ...]]
 
 
@@ -41,18 +44,25 @@ class Candidate:
         """Whether this is plain decoding."""
         return self.drafter.nodes == 1
 
-    def describe(self) -> dict[str, Any]:
-        """Kind and settings, as tree.json holds them and `drafter_of` reads them."""
+    def settings(self) -> dict[str, Any]:
+        """What tells it from other candidates of its kind."""
         drafter = self.drafter
         if isinstance(drafter, DynamicDrafter):
-            return {"kind": "dynamic", "nodes": drafter.nodes, "threshold": drafter.threshold, "width": drafter.width}
-        tree = drafter.tree
-        return {"kind": "static", "nodes": tree.nodes, "ngram": tree.ngram, "paths": [list(p) for p in tree.paths]}
+            return {"kind": "dynamic", "nodes": drafter.nodes, "heads": drafter.heads, "threshold": drafter.threshold,
+                    "width": drafter.width}  # fmt: skip
+        return {"kind": "static", "nodes": drafter.nodes, "heads": drafter.heads, "ngram": drafter.tree.ngram}
+
+    def describe(self) -> dict[str, Any]:
+        """The settings with paths or acceptance table, as tree.json holds them and `drafter_of` reads them."""
+        drafter = self.drafter
+        if isinstance(drafter, DynamicDrafter):
+            return {**self.settings(), "acceptance": drafter.acceptance.as_json()}
+        return {**self.settings(), "paths": [list(p) for p in drafter.tree.paths]}
 
     def as_json(self) -> dict[str, Any]:
-        """A row of tree.json's `candidates`: the settings without the paths, and the prediction."""
+        """A row of tree.json's `candidates`: the settings and the prediction."""
         return {
-            **{key: value for key, value in self.describe().items() if key != "paths"},
+            **self.settings(),
             "tokens_per_step": round(self.tokens_per_step, 4),
             "mean_nodes": round(self.mean_nodes, 2),
             "step_ms": round(self.step_ms, 4),
@@ -60,47 +70,60 @@ class Candidate:
         }
 
 
-def static_candidates(
-    recordings: Sequence[Recording], curve: Mapping[int, float], config: TuneConfig
-) -> list[Candidate]:
+def static_candidates(recordings: Sequence[Recording], costs: StepCosts, config: TuneConfig) -> list[Candidate]:
     """The best tree of every size with every length of the n-gram branch; the one-node tree is always among them."""
     texts = [r.positions for r in recordings]
     flat = [p for text in texts for p in text]
     candidates = []
     for ngram in sorted(set(config.ngram_lengths) | {0}):
         counts = count_prefixes(flat, max_rank=config.max_rank, ngram=ngram)
-        for nodes in sorted({*curve, *(n + ngram for n in curve)}):
-            if not ngram < nodes <= max(curve):
+        for nodes in sorted({*costs.by_nodes, *(n + ngram for n in costs.by_nodes)}):
+            if not ngram < nodes <= max(costs.by_nodes):
                 continue
             tree = best_tree(counts, nodes, ngram=ngram)
             result = replay(texts, tree)
             full, short = result.steps_with_ngram, result.steps_without
-            total = full * step_ms(curve, tree.nodes) + short * step_ms(curve, tree.nodes - ngram)
+            total = full * costs.ms(tree.nodes, tree.heads) + short * costs.ms(tree.nodes - ngram, tree.heads)
             mean = (full * tree.nodes + short * (tree.nodes - ngram)) / result.steps
             candidates.append(Candidate(StaticDrafter(tree), result.tokens_per_step, mean, total / result.steps))
     return sorted(candidates, key=_fastest_first)
 
 
 def dynamic_candidates(
-    recordings: Sequence[Recording], curve: Mapping[int, float], rates: Rates, config: TuneConfig
+    recordings: Sequence[Recording],
+    costs: StepCosts,
+    acceptances: Sequence[Acceptance],
+    phrasebook: Phrasebook,
+    config: TuneConfig,
 ) -> list[Candidate]:
-    """Dynamic trees of several sizes and thresholds, replayed on every calibration text."""
-    drafters = [
-        DynamicDrafter(rates, nodes=nodes, threshold=threshold, width=config.width)
+    """Dynamic trees of several sizes and thresholds, replayed on every calibration text.
+
+    Args: acceptances: one for each number of heads that may be read.
+    """
+
+    def candidate(acceptance: Acceptance, nodes: int, threshold: float) -> Candidate:
+        drafter = DynamicDrafter(acceptance, phrasebook, nodes=nodes, threshold=threshold, width=config.width)
+        return dynamic_candidate(recordings, costs, drafter)
+
+    most = max(costs.by_nodes)
+    probed = {
+        a.heads: max(candidate(a, min(n, most), threshold).tokens_per_s for n, threshold in PROBES) for a in acceptances
+    }
+    found = [
+        candidate(acceptance, nodes, threshold)
+        for acceptance in sorted(acceptances, key=lambda a: -probed[a.heads])[:2]
         for nodes in DYNAMIC_SIZES
-        if nodes <= max(curve)
+        if nodes <= most
         for threshold in THRESHOLDS
-        if threshold >= 0.5 / nodes  # a low threshold does not matter to a small tree
+        if threshold >= 0.4 / nodes  # a low threshold does not matter to a small tree
     ]
-    return sorted((dynamic_candidate(recordings, curve, d) for d in drafters), key=_fastest_first)
+    return sorted(found, key=_fastest_first)
 
 
-def dynamic_candidate(
-    recordings: Sequence[Recording], curve: Mapping[int, float], drafter: DynamicDrafter
-) -> Candidate:
+def dynamic_candidate(recordings: Sequence[Recording], costs: StepCosts, drafter: DynamicDrafter) -> Candidate:
     """One dynamic tree: its drafting time is measured as it is replayed, and added to the step's."""
     result = replay_drafter(recordings, drafter)
-    total = sum(count * step_ms(curve, n) for n, count in result.nodes.items()) + 1000 * result.draft_s
+    total = sum(count * costs.ms(n, drafter.heads) for n, count in result.nodes.items()) + 1000 * result.draft_s
     return Candidate(drafter, result.tokens_per_step, result.mean_nodes, total / result.steps)
 
 
@@ -111,18 +134,20 @@ def heads_only(recordings: Sequence[Recording], counts: TextCounts, nodes: int) 
     return {"nodes": nodes, "paths": len(tree.paths), "tokens_per_step": round(result.tokens_per_step, 4)}
 
 
-def drafter_of(entry: Mapping[str, Any], rates: Rates | None) -> StaticDrafter | DynamicDrafter:
+def drafter_of(entry: Mapping[str, Any], phrasebook: Phrasebook) -> StaticDrafter | DynamicDrafter:
     """The drafter that an entry of tree.json describes.
 
-    Raises: KeyError, TypeError or ValueError for an entry that is not one; ShapeError for paths that are no tree.
+    Raises: KeyError, TypeError or ValueError for an entry that is not one; ShapeError for paths that are no tree;
+        ModelError for an acceptance table that is none.
     """
     if entry["kind"] == "static":
         return StaticDrafter(DraftTree.of(entry["paths"], ngram=int(entry["ngram"])))
-    if entry["kind"] != "dynamic" or rates is None:
-        raise ValueError(f"no drafter of kind {entry['kind']!r}, or no acceptance rates for it")
+    if entry["kind"] != "dynamic":
+        raise ValueError(f"no drafter of kind {entry['kind']!r}")
     return DynamicDrafter(
-        rates, nodes=int(entry["nodes"]), threshold=float(entry["threshold"]), width=int(entry["width"])
-    )
+        Acceptance.of_json(entry["acceptance"]), phrasebook,
+        nodes=int(entry["nodes"]), threshold=float(entry["threshold"]), width=int(entry["width"]),
+    )  # fmt: skip
 
 
 def _fastest_first(candidate: Candidate) -> tuple[float, int]:

@@ -10,13 +10,14 @@ import torch
 
 from gorgon.artifacts import machine
 from gorgon.config import Dtype, StepMode
-from gorgon.core.acceptance import check_rates
+from gorgon.core.phrasebook import Phrasebook
 from gorgon.decode.candidates import drafter_of
 from gorgon.decode.drafts import Drafter
 from gorgon.decode.engine import Engine
+from gorgon.decode.threads import set_threads
 from gorgon.errors import ModelError
 from gorgon.models.backbone import Backbone, load_backbone
-from gorgon.models.directory import base_model, load_heads, read_tree_file
+from gorgon.models.directory import base_model, load_heads, read_phrasebook, read_tree_file
 from gorgon.progress import say
 
 
@@ -50,18 +51,20 @@ def engine_on(backbone: Backbone, model: str | Path, drafters: Drafter | Mapping
     if drafters is not None:
         return Engine(backbone, heads, drafters)
     document = read_tree_file(model)
+    if backbone.device.type == "cpu" and document.get("machine") == machine():
+        set_threads(int(document.get("threads", 0)))
     _warn_elsewhere(document, backbone)
-    return Engine(backbone, heads, read_drafters(document), _vocabulary(document, backbone))
+    phrasebook = read_phrasebook(model, backbone.vocab_size)
+    return Engine(backbone, heads, read_drafters(document, phrasebook), _vocabulary(document, backbone))
 
 
-def read_drafters(document: Mapping[str, Any]) -> dict[int, Drafter]:
+def read_drafters(document: Mapping[str, Any], phrasebook: Phrasebook) -> dict[int, Drafter]:
     """What to draft by batch size, from tree.json.
 
     Raises: ModelError when an entry is malformed; ShapeError when its paths are no tree.
     """
-    rates = check_rates(document["acceptance"]) if document.get("acceptance") else None
     try:
-        return {int(entry["batch_size"]): drafter_of(entry, rates) for entry in document["trees"]}
+        return {int(entry["batch_size"]): drafter_of(entry, phrasebook) for entry in document["trees"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"tree.json: an entry of 'trees' is malformed: {error}", field="trees",
                          hint="run `gorgon tune` again") from error  # fmt: skip

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-import statistics
-import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,32 @@ import torch
 
 from gorgon.artifacts import StepResult, StepRun, link_tree, machine, require_step_file, run_step, write_json
 from gorgon.config import TuneConfig
+from gorgon.core.phrasebook import Phrasebook
 from gorgon.core.rank_stats import best_tree, count_prefixes
-from gorgon.data.chat import encode_prompt
-from gorgon.data.examples import read_examples
-from gorgon.decode.calibrate import Recording, count_acceptance, record, write_answers
+from gorgon.core.tree import DraftTree
+from gorgon.data.chat import encode_answer, encode_prompt
+from gorgon.data.examples import Example, read_examples
+from gorgon.decode.calibrate import count_acceptance, record, write_answers
 from gorgon.decode.candidates import Candidate, TextCounts, dynamic_candidates, heads_only, static_candidates
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.engine import PLAIN, Engine
+from gorgon.decode.finalists import Finalist, decode_finalists, pick_finalists
 from gorgon.decode.load import load_engine
-from gorgon.decode.timing import step_times
-from gorgon.decode.vocabulary import count_tokens, draft_vocabulary
-from gorgon.errors import DataError, Interrupted
-from gorgon.interrupts import requested
-from gorgon.models.directory import HEADS_FILE, TREE_FORMAT
+from gorgon.decode.threads import measure_threads, set_threads
+from gorgon.decode.timing import StepCosts, step_times
+from gorgon.decode.vocabulary import draft_vocabulary
+from gorgon.errors import DataError
+from gorgon.models.directory import HEADS_FILE, PHRASEBOOK_FILE, TREE_FORMAT
 from gorgon.progress import say
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
-FINALISTS = 3
-"""Candidates of each kind that are decoded for real before one is chosen; predictions err by a few percent."""
+HEADS_TRIED = (1, 2, 3)
+"""Numbers of heads, beside all of them, that a dynamic tree may read: few are cheap, and with the context's and the
+phrasebook's help often enough."""
+HEADS_AT = 6
+"""Nodes of the draft with which the cost of reading heads is measured."""
+COUNTED_ROWS = 20_000
+"""Training answers that are counted for the draft vocabulary and the phrasebook."""
 SHOWN = 512
 """Rank prefixes that tree.json keeps."""
 
@@ -52,59 +59,53 @@ def tune(config: TuneConfig, out: Path, *, force: bool = False) -> StepResult:
 
 def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
     with run.timed("load"):
-        engine = load_engine(model, dtype=config.dtype, drafters=PLAIN, steps=config.steps)
-    prompts = _prompts(engine, rows, config)
+        engine = load_engine(model, dtype=config.dtype, drafters=PLAIN, steps="eager")
+        threads = measure_threads(engine.backbone)
+        if threads:
+            set_threads(min(threads, key=threads.__getitem__))
+        engine.backbone.run_steps(config.steps)
     with run.timed("answers"):
-        answers = write_answers(
-            engine, prompts, config.max_new_tokens, max(config.batch_sizes), "writing calibration answers"
-        )
-    pairs = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(a) > 1]
-    if not pairs:
-        raise DataError("the model writes only empty answers to the validation prompts", file=rows)
+        pairs = _answers(engine, rows, config)
     with run.timed("statistics"):
-        counted = count_tokens(engine, rows.with_name("train.jsonl"), [a for _, a in pairs])
+        written = _training_answers(engine, rows.with_name("train.jsonl"))
+        counted = Counter(token for answer in (*written, *(a for _, a in pairs)) for token in answer)
         vocabulary = draft_vocabulary(counted, config.draft_coverage, engine.backbone.vocab_size)
         if vocabulary is not None:
             vocabulary_U = torch.tensor(vocabulary, device=engine.backbone.device)
             engine = Engine(engine.backbone, engine.heads, PLAIN, vocabulary_U)
+        phrasebook = Phrasebook.of(written if config.phrasebook else [])
         recordings = [record(engine, p, a, config.width) for p, a in pairs]
         counts = count_prefixes((p for r in recordings for p in r.positions), max_rank=config.max_rank)
-        rates = count_acceptance(recordings, len(engine.heads or ())).rates()
+        available = len(engine.heads or ())
+        acceptances = [
+            count_acceptance(recordings, k, config.width, phrasebook).fit()
+            for k in sorted({*HEADS_TRIED, available} if config.dynamic else ())
+            if k <= available
+        ]
     entries: list[dict[str, Any]] = []
-    found: dict[int, list[tuple[Candidate, float]]] = {}
+    finalists: dict[int, list[Finalist]] = {}
     considered: dict[int, list[Candidate]] = {}
     best_static: dict[int, Candidate] = {}
-    curves: dict[int, dict[int, float]] = {}
+    costs: dict[int, StepCosts] = {}
     for batch in sorted(set(config.batch_sizes)):
         with run.timed(f"step times, batch {batch}"):
-            curves[batch] = curve = _measure(engine, counts, [p for p, _ in pairs], batch, config)
+            costs[batch] = _measure(engine, counts, pairs, batch, config)
         with run.timed(f"choice, batch {batch}"):
-            static = static_candidates(recordings, curve, config)
-            dynamic = dynamic_candidates(recordings, curve, rates, config) if config.dynamic else []
-            plain = next(c for c in static if c.plain)
-            finalists = [*static[:FINALISTS], *dynamic[:FINALISTS]]
-            finalists += [] if any(c.plain for c in finalists) else [plain]
-            found[batch] = _decode(engine, finalists, recordings, batch, config)
+            static = static_candidates(recordings, costs[batch], config)
+            dynamic = dynamic_candidates(recordings, costs[batch], acceptances, phrasebook, config)
+            chosen = pick_finalists(static, dynamic)
+            finalists[batch] = decode_finalists(engine, chosen, recordings, batch, config.trials)
         best_static[batch] = static[0]
         considered[batch] = sorted([*static, *dynamic], key=lambda c: -c.tokens_per_s)
-        best, speed = max(found[batch], key=lambda pair: pair[1])
-        plain_speed = next(s for c, s in found[batch] if c.plain)
-        entries.append({
-            "batch_size": batch,
-            **best.describe(),
-            "tokens_per_step": round(best.tokens_per_step, 4),
-            "mean_nodes": round(best.mean_nodes, 2),
-            "step_ms": round(best.step_ms, 4),
-            "plain_step_ms": round(curve[1], 4),
-            "measured_speedup": round(speed / plain_speed, 4),
-        })  # fmt: skip
+        entries.append(_entry(batch, finalists[batch], costs[batch]))
         say(
-            f"batch {batch}: {best.drafter.nodes} nodes, {entries[-1]['kind']}, {best.tokens_per_step:.2f} tokens per "
-            f"step, step time {best.step_ms / curve[1]:.2f}x plain, {speed / plain_speed:.2f} times as fast as plain"
+            f"batch {batch}: {entries[-1]['nodes']} nodes, {entries[-1]['kind']}, {entries[-1]['tokens_per_step']:.2f} "
+            f"tokens per step, {entries[-1]['measured_speedup']:.2f} times as fast as plain decoding"
         )
     link_tree(model, run.directory, skip=frozenset({"manifest.json"}))
+    write_json(run.directory / PHRASEBOOK_FILE, phrasebook.as_json(), indent=None)
     positions = sum(len(r.positions) for r in recordings)
-    first = min(curves)
+    first = min(costs)
     write_json(
         run.directory / "tree.json",
         {
@@ -113,19 +114,24 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
             "device": _device_name(engine),
             "dtype": str(engine.backbone.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            "thread_ms": {str(count): round(ms, 4) for count, ms in threads.items()},
             "steps": engine.backbone.steps,
             "draft_vocabulary": vocabulary,
-            "acceptance": [[[round(rate, 4) for rate in row] for row in rows_] for rows_ in rates],
+            "phrases": len(phrasebook.phrases),
             "trees": entries,
             "cost_curves": {
-                str(b): [{"nodes": n, "step_ms": round(ms, 4)} for n, ms in sorted(c.items())]
-                for b, c in curves.items()
+                str(b): [{"nodes": n, "step_ms": round(ms, 4)} for n, ms in sorted(c.by_nodes.items())]
+                for b, c in costs.items()
+            },
+            "head_costs": {
+                str(b): [{"heads": k, "step_ms": round(ms, 4)} for k, ms in sorted(c.by_heads.items())]
+                for b, c in costs.items()
             },
             "best_static": best_static[first].describe(),
             "candidates": [c.as_json() for c in considered[first]],
             "finalists": {
-                str(b): [{**c.as_json(), "measured_tokens_per_s": round(speed, 1)} for c, speed in pairs_]
-                for b, pairs_ in found.items()
+                str(b): [{**f.candidate.as_json(), "measured_tokens_per_s": round(f.tokens_per_s, 1)} for f in found]
+                for b, found in finalists.items()
             },
             "best_by_nodes": [heads_only(recordings, counts, n) for n in SIZES if n <= config.max_nodes],
             "rank_statistics": {
@@ -138,12 +144,29 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
         },
     )
     single = entries[0]
+    shown = ("kind", "nodes", "heads", "mean_nodes", "tokens_per_step", "step_ms", "plain_step_ms")
     run.metrics.update(
-        {key: single[key] for key in ("kind", "nodes", "mean_nodes", "tokens_per_step", "step_ms", "plain_step_ms")},
+        {key: single[key] for key in shown},
         calibration_positions=positions,
         draft_vocabulary=engine.backbone.vocab_size if vocabulary is None else len(vocabulary),
+        phrases=len(phrasebook.phrases),
         speedup_by_batch={str(e["batch_size"]): e["measured_speedup"] for e in entries},
     )
+
+
+def _entry(batch: int, finalists: Sequence[Finalist], costs: StepCosts) -> dict[str, Any]:
+    """The fastest finalist as an entry of tree.json's `trees`."""
+    best = max(finalists, key=lambda f: f.tokens_per_s)
+    plain = next(f for f in finalists if f.candidate.plain)
+    return {
+        "batch_size": batch,
+        **best.candidate.describe(),
+        "tokens_per_step": round(best.candidate.tokens_per_step, 4),
+        "mean_nodes": round(best.candidate.mean_nodes, 2),
+        "step_ms": round(best.candidate.step_ms, 4),
+        "plain_step_ms": round(costs.by_nodes[1], 4),
+        "measured_speedup": round(best.tokens_per_s / plain.tokens_per_s, 4),
+    }
 
 
 def _by_count(item: tuple[tuple[int, ...], int]) -> tuple[int, int, tuple[int, ...]]:
@@ -151,46 +174,65 @@ def _by_count(item: tuple[tuple[int, ...], int]) -> tuple[int, int, tuple[int, .
     return (-count, len(path), path)
 
 
-def _prompts(engine: Engine, rows: Path, config: TuneConfig) -> list[list[int]]:
+def _answers(engine: Engine, rows: Path, config: TuneConfig) -> list[tuple[list[int], list[int]]]:
+    """Prompts and what the model writes on them: as `distill` recorded it, else written now.
+
+    Raises: DataError when no prompt fits the model's context, or every answer is empty.
+    """
     examples = read_examples(rows)
     random.Random(config.seed).shuffle(examples)
-    prompts = [encode_prompt(engine.backbone.tokenizer, e.messages) for e in examples]
-    fitting = [p for p in prompts if len(p) + config.max_new_tokens <= engine.backbone.max_length]
+    prompts = [(encode_prompt(engine.backbone.tokenizer, e.messages), e.answer_ids) for e in examples]
+    fitting = [(p, a) for p, a in prompts if len(p) + config.max_new_tokens <= engine.backbone.max_length]
     if not fitting:
         raise DataError("no validation prompt fits the model's context", file=rows)
-    return fitting[: config.prompts]
+    recorded = [(p, a) for p, a in fitting if a is not None and len(p) + len(a) <= engine.backbone.max_length]
+    if len(recorded) == len(fitting):
+        pairs = recorded[: config.prompts]
+    else:
+        chosen = [p for p, _ in fitting[: config.prompts]]
+        title, together = "writing calibration answers", max(config.batch_sizes)
+        pairs = list(zip(chosen, write_answers(engine, chosen, config.max_new_tokens, together, title), strict=True))
+    pairs = [(p, a) for p, a in pairs if len(a) > 1]
+    if not pairs:
+        raise DataError("the model writes only empty answers to the validation prompts", file=rows)
+    return pairs
+
+
+def _training_answers(engine: Engine, rows: Path) -> list[list[int]]:
+    """Token ids of the training split's answers, end tokens included; none without that split."""
+    examples: list[Example] = read_examples(rows)[:COUNTED_ROWS] if rows.is_file() else []
+    backbone = engine.backbone
+    return [encode_answer(backbone.tokenizer, e, backbone.end_ids) for e in examples]
 
 
 def _measure(
-    engine: Engine, counts: TextCounts, prompts: Sequence[list[int]], batch: int, config: TuneConfig
-) -> dict[int, float]:
-    """Step time of the best static tree of each size; fewer counted paths than nodes make sizes fall together."""
-    trees = [best_tree(counts, n) for n in SIZES if n <= config.max_nodes]
-    engines = {tree.nodes: engine.with_drafter(StaticDrafter(tree)) for tree in trees}
-    return step_times(engines, prompts[: max(batch, 4)], batch, config.trials)
+    engine: Engine, counts: TextCounts, pairs: Sequence[tuple[list[int], list[int]]], batch: int, config: TuneConfig
+) -> StepCosts:
+    """Step time of the best static tree of each size; fewer counted paths than nodes make sizes fall together.
+
+    All heads are read whatever the tree needs of them, so that nodes and heads are told apart.
+    """
+    available = len(engine.heads or ())
+    trees = {tree.nodes: tree for tree in (best_tree(counts, n) for n in SIZES if n <= config.max_nodes)}
+    engines = {("nodes", n): _reading(engine, tree, available if n > 1 else 0, batch) for n, tree in trees.items()}
+    star = DraftTree.of((rank,) for rank in range(min(HEADS_AT, config.max_nodes, config.width + 1) - 1))
+    for heads in range(1, available + 1):
+        engines["heads", heads] = _reading(engine, star, heads, batch)
+    prompts, longest = [p for p, _ in pairs], max(len(a) for _, a in pairs)
+    times = step_times(engines, prompts, batch, config.trials, longest)
+    by_nodes = {n: ms for (kind, n), ms in times.items() if kind == "nodes"}
+    by_heads = {n: ms for (kind, n), ms in times.items() if kind == "heads"}
+    if by_heads:  # a step without heads lies on the line through the others; timing noise must not bend it upwards
+        by_heads[0] = max(0.0, by_heads[1] - max(0.0, (by_heads[available] - by_heads[1]) / max(1, available - 1)))
+    return StepCosts(by_nodes, by_heads)
 
 
-def _decode(
-    engine: Engine,
-    candidates: Sequence[Candidate],
-    recordings: Sequence[Recording],
-    batch: int,
-    config: TuneConfig,
-) -> list[tuple[Candidate, float]]:
-    """Measured tokens per second of each candidate on whole answers, prefill included; candidates take turns."""
-    engines = [engine.with_drafter(c.drafter) for c in candidates]
-    chosen = recordings[: max(16, 2 * batch)]
-    prompts, longest = [r.prompt_ids for r in chosen], max(len(r.answer_ids) for r in chosen)
-    speeds: list[list[float]] = [[] for _ in candidates]
-    for trial in range(config.trials + 1):
-        for index, one in enumerate(engines):
-            if requested():
-                raise Interrupted("stopped while timing", hint="the same command starts this step again")
-            start = time.perf_counter()
-            tokens = sum(len(g.token_ids) for g in one.generate(prompts, max_new_tokens=longest, together=batch))
-            if trial:
-                speeds[index].append(tokens / (time.perf_counter() - start))
-    return [(c, statistics.median(s)) for c, s in zip(candidates, speeds, strict=True)]
+def _reading(engine: Engine, tree: DraftTree, heads: int, batch: int) -> Engine:
+    """An engine that drafts this tree at this batch size and reads so many heads."""
+    drafters = {batch: StaticDrafter(tree)}
+    if heads > tree.heads:
+        drafters[batch + 1] = StaticDrafter(DraftTree.chain(heads))
+    return engine.with_drafter(drafters)
 
 
 def _device_name(engine: Engine) -> str:

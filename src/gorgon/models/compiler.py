@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import sysconfig
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def pick_mode(mode: StepMode, parameters: int, device: torch.device) -> StepMode
 def step_function(function: TensorFunction, mode: StepMode) -> TensorFunction:
     """The function, run in that mode; sizes of batch, tree and context may change from call to call.
 
+    Args: function: its first argument is the backbone, always the same one.
     Raises (when called): MissingDependencyError when the C++ compiler cannot build what torch generates.
     """
     if mode == "eager":
@@ -75,7 +77,9 @@ def step_function(function: TensorFunction, mode: StepMode) -> TensorFunction:
 
     inductor.freezing = True
     inductor.cpp.enable_concat_linear = True
-    compiled: TensorFunction = torch.compile(function, dynamic=True)
+    compiled: TensorFunction = torch.compile(
+        _copy_of(function), dynamic=True, options={"guard_filter_fn": _not_about_the_backbone}
+    )
 
     def run(*arguments: Any) -> Tensor:
         try:
@@ -87,3 +91,20 @@ def step_function(function: TensorFunction, mode: StepMode) -> TensorFunction:
             ) from error  # fmt: skip
 
     return run
+
+
+def _copy_of(function: TensorFunction) -> TensorFunction:
+    """The same function with code of its own: what is compiled belongs to code, so backbones never share it."""
+    assert isinstance(function, types.FunctionType)
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    copy.__kwdefaults__, copy.__defaults__ = function.__kwdefaults__, function.__defaults__
+    return copy
+
+
+def _not_about_the_backbone(guards: Sequence[Any]) -> list[bool]:
+    """Which conditions are checked at each call: those on the arguments.
+
+    By default every attribute of every module is looked at again: 0.2 ms for four layers. A copy of the code is
+    compiled for each backbone, and a backbone is frozen, so nothing that hangs from it, or from globals, changes.
+    """
+    return ["L['backbone']" not in guard.name and "G[" not in guard.name for guard in guards]

@@ -1,7 +1,7 @@
 """The model directory: the one contract between training and serving (DESIGN.md, "Steps").
 
 It is what TGI and the AWS sample read (config.json, medusa_lm_head.safetensors, tokenizer, base-model/), plus
-gorgon.json (head kind, format version, provenance) and, once tuned, tree.json.
+gorgon.json (head kind, format version, provenance) and, once tuned, tree.json and phrasebook.json.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from gorgon.artifacts import link_tree, write_json
 from gorgon.core.heads import MedusaHeads
+from gorgon.core.phrasebook import Phrasebook
 from gorgon.errors import ModelError
 
 HEADS_FILE = "medusa_lm_head.safetensors"
+PHRASEBOOK_FILE = "phrasebook.json"
 BASE = "base-model"
 FORMAT = 1
-TREE_FORMAT = 2
+TREE_FORMAT = 3
 """Of tree.json."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -206,3 +208,20 @@ def read_tree_file(directory: str | Path) -> dict[str, Any]:
                          hint="run `gorgon tune` again")  # fmt: skip
     loaded: dict[str, Any] = document
     return loaded
+
+
+def read_phrasebook(directory: str | Path, vocab_size: int) -> Phrasebook:
+    """phrasebook.json as `tune` wrote it; an empty phrasebook where there is none: drafts are poorer, not wrong.
+
+    Raises: ModelError when it is not one, or was made with another tokenizer.
+    """
+    path = Path(directory) / PHRASEBOOK_FILE
+    if not path.is_file():
+        return Phrasebook()
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(
+            f"{path} is not valid JSON", field="phrasebook.json", hint="run `gorgon tune` again"
+        ) from error
+    return Phrasebook.of_json(document, vocab_size)

@@ -1,0 +1,72 @@
+"""Finalists: the candidates that look fastest decode whole answers, and the one that is fastest in fact is kept."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gorgon.decode.calibrate import Recording
+from gorgon.decode.candidates import Candidate
+from gorgon.decode.engine import Engine
+from gorgon.errors import Interrupted
+from gorgon.interrupts import requested
+
+STATIC, DYNAMIC = 2, 3
+"""Candidates of each kind that become finalists; predictions err by a few percent."""
+GROUP = 8
+"""Answers that one finalist decodes before the next takes its turn: a slow moment hits all of them alike."""
+ANSWERS = 48
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A candidate, and tokens per second of whole answers, prefill included."""
+
+    candidate: Candidate
+    tokens_per_s: float
+
+
+def pick_finalists(static: Sequence[Candidate], dynamic: Sequence[Candidate]) -> list[Candidate]:
+    """The best of each kind, and plain decoding: what speculation must beat. Both lists are fastest first.
+
+    Of dynamic trees that differ in nothing but their largest size only the first is taken: they draft nearly alike.
+    """
+    chosen, kinds = list(static[:STATIC]), set[tuple[int, float]]()
+    for candidate in dynamic:
+        settings = candidate.settings()
+        kind = (settings["heads"], settings["threshold"])
+        if kind not in kinds and len(kinds) < DYNAMIC:
+            kinds.add(kind)
+            chosen.append(candidate)
+    return chosen if any(c.plain for c in chosen) else [*chosen, next(c for c in static if c.plain)]
+
+
+def decode_finalists(
+    engine: Engine, candidates: Sequence[Candidate], recordings: Sequence[Recording], batch: int, trials: int
+) -> list[Finalist]:
+    """Decodes the same answers with each candidate, in turns of a few answers; the median of the trials counts.
+
+    Raises: Interrupted between two turns.
+    """
+    engines = [engine.with_drafter(c.drafter) for c in candidates]
+    chosen = recordings[: max(ANSWERS, 2 * batch)]
+    size = max(GROUP, 2 * batch)
+    groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+    seconds = [[list[float]() for _ in groups] for _ in candidates]
+    tokens = sum(len(r.answer_ids) for r in chosen)
+    for trial in range(trials + 1):
+        for g, group in enumerate(groups if trial else groups[:1]):  # the first pass warms up
+            prompts, longest = [r.prompt_ids for r in group], max(len(r.answer_ids) for r in group)
+            for index, one in enumerate(engines):
+                if requested():
+                    raise Interrupted("stopped while timing", hint="the same command starts this step again")
+                start = time.perf_counter()
+                one.generate(prompts, max_new_tokens=longest, together=batch)
+                if trial:
+                    seconds[index][g].append(time.perf_counter() - start)
+    return [
+        Finalist(candidate, tokens / sum(statistics.median(group) for group in mine))
+        for candidate, mine in zip(candidates, seconds, strict=True)
+    ]

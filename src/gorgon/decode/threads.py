@@ -1,0 +1,55 @@
+"""How many threads a CPU step takes: measured, because more are not always faster for products of a few rows."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+
+import torch
+
+from gorgon.models.backbone import Backbone
+from gorgon.models.cache import TreeCache
+
+ROWS = (1, 8)
+CONTEXT, PASSES = 64, 12
+
+
+def threads_are_given() -> bool:
+    """Whether the environment says how many threads to use; then neither tuning nor loading changes that."""
+    return "OMP_NUM_THREADS" in os.environ
+
+
+def set_threads(count: int) -> None:
+    """Uses this many threads from now on, unless the environment says otherwise or the machine has fewer cores."""
+    if not threads_are_given() and 1 <= count <= (os.cpu_count() or 1):
+        torch.set_num_threads(count)
+
+
+@torch.inference_mode()
+def measure_threads(backbone: Backbone) -> dict[int, float]:
+    """Median ms of a plain step and one of eight nodes, summed, by threads: 1, 2, 4, ... and all that torch would use.
+
+    Empty on a GPU, and where the environment says how many. Numbers of threads take turns.
+    """
+    most = torch.get_num_threads()
+    if backbone.device.type != "cpu" or threads_are_given() or most == 1:
+        return {}
+    counts = sorted({1 << i for i in range(most.bit_length()) if 1 << i < most} | {most})
+    cache = TreeCache(int(backbone.text_config.num_hidden_layers), 1, CONTEXT + max(ROWS))
+    length_1 = torch.tensor([CONTEXT])
+    backbone.forward_prompt(cache, torch.ones(1, CONTEXT, dtype=torch.long), torch.tensor([0]), CONTEXT)
+    samples: dict[tuple[int, int], list[float]] = {(c, n): [] for c in counts for n in ROWS}
+    for trial in range(PASSES):
+        for count in counts:
+            torch.set_num_threads(count)
+            for nodes in ROWS:
+                tokens_1N, depths_1N = torch.ones(1, nodes, dtype=torch.long), torch.arange(nodes)[None]
+                bits_1N = torch.tensor([[(2 << i) - 1 for i in range(nodes)]])
+                for repeat in range(3):
+                    start = time.perf_counter()
+                    backbone.forward_tree(cache, tokens_1N, depths_1N, bits_1N, length_1, CONTEXT + nodes)
+                    if trial and repeat:
+                        samples[count, nodes].append(1000 * (time.perf_counter() - start))
+    torch.set_num_threads(most)
+    return {c: sum(statistics.median(samples[c, n]) for n in ROWS) for c in counts}
