@@ -40,6 +40,7 @@ class Plane:
         self.fail, self.prices, self.quotas = {}, {}, {}
         self.trust, self.caller = "sagemaker.amazonaws.com", f"arn:aws:iam::{ACCOUNT}:user/tester"
         self.missing_images = set()
+        self.images = {}  # images of the account's own: name -> the directory of its commands
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True

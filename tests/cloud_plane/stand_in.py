@@ -1,4 +1,4 @@
-"""A server with the engine's answers but no model: the prompt backwards, more slowly when GORGON_PLAIN is set."""
+"""A server with the engine's answers but no model: the prompt backwards, more slowly without drafts."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-PLAIN = os.environ.get("GORGON_PLAIN") == "1"
+PLAIN = os.environ.get("GORGON_DRAFTS") == "none"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -31,4 +31,4 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+ThreadingHTTPServer(("", int(sys.argv[1])), Handler).serve_forever()
