@@ -92,7 +92,7 @@ class Endpoint(threading.Thread):
                     _port_8080.release()
         port = {} if self.port == PORT else {"SAGEMAKER_BIND_TO_PORT": str(self.port)}
         self.root.mkdir(parents=True, exist_ok=True)
-        (self.root / "ml").mkdir(exist_ok=True)
+        (self.root / "ml" / "model").mkdir(parents=True, exist_ok=True)
         log = self.root / "container.log"
         with log.open("w") as output:
             self.container = Container(

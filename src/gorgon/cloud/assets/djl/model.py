@@ -3,7 +3,7 @@
 `handle` is called with an empty input when the container starts, and then once for every request, all of them on one
 event loop. A request goes to the application that `gorgon serve` runs, as POST /invocations with no socket in between,
 and the application's scheduler decodes the requests that are there together. Bodies, answers and limits are therefore
-the server's own, and so are the settings, as environment variables: GORGON_MODEL, GORGON_DRAFTS, GORGON_SLOTS and so on.
+the server's own, and so are the settings, as environment variables: GORGON_MODEL, GORGON_DRAFTS, GORGON_SLOTS, ...
 
 What is the container's: a streamed answer is JSON lines, where the server writes server-sent events, and an error is a
 code and a text, of which the container makes the body {"code": ..., "error": ...}.
