@@ -11,15 +11,13 @@ import torch
 from botocore.exceptions import ClientError
 from safetensors.torch import load_file
 
-from gorgon.cloud.aws import Aws
 from gorgon.cloud.config import EndpointConfig, SageMakerConfig
-from gorgon.cloud.deploy import invoke, invoke_stream
 from gorgon.cloud.launch import Launch
 from gorgon.data.chat import encode_prompt
 from gorgon.decode.load import load_engine
 from tests.cloud_plane import endpoints
 from tests.cloud_plane.endpoints import Endpoint
-from tests.cloud_plane.fixtures import cli, until
+from tests.cloud_plane.fixtures import cli
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("cloud")]
 IMAGE = "me/gorgon:0.1.0"
@@ -99,22 +97,6 @@ def test_an_image_of_our_own_serves_under_the_containers_contract(plane, own_ima
     assert not any(plane.left().values()), plane.left()
     assert endpoint.container.process.poll() == 0, "SIGTERM ends the server well"
     assert processes(endpoint.container.process.pid) == []
-
-
-def test_an_image_of_our_own_decodes_plainly_for_a_comparison(plane, own_image, here):
-    """A model by name, as the base model of a comparison is: no files in /opt/ml/model, and no drafts."""
-    plane.images[IMAGE] = own_image
-    cloud = SageMakerConfig(endpoint=EndpointConfig(instance_type="ml.m5.xlarge", image=IMAGE))
-    Launch("embedded", cloud, name="base", plain=True).run()
-    request = {"messages": CHATS[0], "max_tokens": 8, "temperature": 0}
-    whole = invoke(Aws(), "base", request)
-    assert whole["usage"]["speculation"]["tokens_per_step"] == 1.0
-    text = "".join(p["choices"][0]["delta"].get("content") or "" for p in invoke_stream(Aws(), "base", request))
-    assert text == whole["choices"][0]["message"]["content"]
-    process = plane.endpoints["base"].container.process
-    cli("endpoints", "delete", "base")
-    until(lambda: process.poll() is not None, 5)
-    assert processes(process.pid) == [] and not any(plane.left().values())
 
 
 # exports

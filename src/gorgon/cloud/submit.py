@@ -183,8 +183,8 @@ def run_jobs(run: CloudRun) -> dict[str, str]:
             if name is None:
                 name = state.next_name(spec, run.name)
                 request = _with_results(requests[spec.step], spec, name, results)
+                state.started(spec, name)  # before it is: killed in between, the next run looks for it by this name
                 _start(aws, request)
-                state.started(spec, name)
                 say(f"  started {name}; end it with: gorgon jobs stop {name}")
             follow(aws, name)
             results[spec.step] = result_uri(replace(spec, name=name))
