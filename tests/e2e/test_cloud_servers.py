@@ -18,6 +18,7 @@ from gorgon.decode.load import load_engine
 from tests.cloud_plane import endpoints
 from tests.cloud_plane.endpoints import Endpoint
 from tests.cloud_plane.fixtures import cli
+from tests.cloud_plane.sandbox import namespaces
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("cloud")]
 IMAGE = "me/gorgon:0.1.0"
@@ -46,6 +47,7 @@ def processes(session):
     return found
 
 
+@pytest.mark.skipif(not namespaces(), reason="this kernel bars user namespaces, so there is no /opt/ml/model")
 def test_an_image_of_our_own_serves_under_the_containers_contract(plane, own_image, tiny, here):
     plane.images[IMAGE] = own_image
     cloud = SageMakerConfig(endpoint=EndpointConfig(instance_type="ml.m5.xlarge", image=IMAGE))
