@@ -14,13 +14,13 @@ COPY src src
 # The base image's torch fits its CUDA: the constraint keeps pip from replacing it.
 RUN python3 -c 'import torch; print("torch==" + torch.__version__)' > torch.txt \
  && grep -v '^torch==' constraints.txt > rest.txt \
- && python3 -m pip install --no-cache-dir --constraint torch.txt --constraint rest.txt '.[gpu]'
+ && python3 -m pip install --no-cache-dir --constraint torch.txt --constraint rest.txt '.[gpu,serve]'
 
 ENV PYTHONUNBUFFERED=1 HF_HOME=/opt/ml/cache/huggingface
-# SageMaker starts an endpoint's container with the one word `serve`; a training job's request names its own command.
-RUN printf '%s\n' '#!/bin/sh' \
-  'if [ "$1" = serve ] && [ $# -eq 1 ]; then' \
-  '  set -- serve "${GORGON_MODEL:-/opt/ml/model}" --port "${SAGEMAKER_BIND_TO_PORT:-8080}"' \
-  'fi' \
-  'exec gorgon "$@"' > /usr/local/bin/entry && chmod +x /usr/local/bin/entry
-ENTRYPOINT ["/usr/local/bin/entry"]
+# SageMaker starts an endpoint's container with the one word `serve`, which here is the command: the model is in
+# /opt/ml/model or where GORGON_MODEL says, the port 8080 or SAGEMAKER_BIND_TO_PORT. A training job's request names its
+# own command. `docker run -p 8080:8080 -v MODEL:/opt/ml/model IMAGE serve` does the same anywhere.
+LABEL com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true
+EXPOSE 8080
+RUN mkdir -p /opt/ml/model
+ENTRYPOINT ["gorgon"]

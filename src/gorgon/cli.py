@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -303,9 +303,15 @@ def _export(model: Path, out: Path, form: str) -> object:
     return export_model(build(ExportConfig, {"model": str(model), "format": form}, step="export"), out)
 
 
+def _report(measured: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    from gorgon.pipeline import report_endpoints
+
+    return report_endpoints(measured, out)
+
+
 register_serve(app)
 register_bench(app)
-register_cloud(app, _recipe, _export)
+register_cloud(app, _recipe, _export, _report)
 
 
 @app.callback(invoke_without_command=True)

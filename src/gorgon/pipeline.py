@@ -184,7 +184,14 @@ def run_elsewhere(recipe: Recipe, out: Path, *, on: str, recipe_file: Path, dry_
     if dry_run:
         return show_calls(cloud_run)
     results = run_jobs(cloud_run)
-    return {**results, **after_jobs(cloud_run, results)}
+    return {**results, **after_jobs(cloud_run, results, report_endpoints)}
+
+
+def report_endpoints(measured: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Numbers and page of a comparison on endpoints, as `gorgon compare` makes them; returns the numbers."""
+    from gorgon.bench.endpoints import report
+
+    return report(measured, out)
 
 
 def run_one(config: StepConfig, out: Path, *, force: bool = False) -> StepResult:

@@ -5,6 +5,7 @@ container's process: python djl_front.py PORT.
 """
 
 import asyncio
+import fcntl
 import importlib.util
 import inspect
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-MODEL = Path(os.environ.get("DJL_MODEL_DIR", "/opt/ml/model"))
+MODEL = Path(os.environ.get("MODEL_DIR", "/opt/ml/model"))
 
 
 def read_properties(path):
@@ -25,13 +26,24 @@ def read_properties(path):
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
-def load_handler():
-    properties = read_properties(MODEL / "serving.properties")
+def install():
+    """The container's pip, not run in the model's directory, so that relative paths would not be found."""
+    requirements = MODEL / "requirements.txt"
+    if not requirements.is_file():
+        return
+    text = requirements.read_text().replace("/opt/ml/model", str(MODEL))  # where it is, if there is no real /opt/ml
+    own = MODEL.parent / "requirements.txt"
+    own.write_text(text)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", str(own)]
+    with (Path(sys.prefix) / "pip.lock").open("w") as lock:  # one directory stands for the images of all containers
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(pip, cwd="/", check=True)
+
+
+def load_handler(folder=MODEL):
+    properties = read_properties(folder / "serving.properties")
     assert properties["engine"] == "Python" and properties["option.async_mode"] == "true", properties
-    if (MODEL / "requirements.txt").is_file():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", "requirements.txt"]
-        subprocess.run(pip, cwd=MODEL, check=True)
-    spec = importlib.util.spec_from_file_location("model", MODEL / properties.get("option.entryPoint", "model.py"))
+    spec = importlib.util.spec_from_file_location("model", folder / properties.get("option.entryPoint", "model.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.handle
@@ -49,20 +61,38 @@ class Front:
 
         assert asyncio.run_coroutine_threadsafe(self.handle(Input(b"")), self.loop).result() is None
 
+    def close(self):
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
     def pieces(self, body):
-        """Yields (content type, decoded body) of each Output, as it comes."""
+        """Yields what the container makes of each Output, as it comes: status, content type, bytes, whether the last.
+
+        The status counts for the first piece only; a piece with a code becomes the container's own error body. A
+        handler that raises within a stream is never answered there, so it raises here.
+        """
         from djl_python.inputs import Input
 
         answer = asyncio.run_coroutine_threadsafe(self.handle(Input(body)), self.loop).result()
         if not inspect.isasyncgen(answer):
-            yield answer.properties["Content-Type"], answer.decoded()
+            yield self._piece(answer)
             return
         while True:
             try:
-                piece = asyncio.run_coroutine_threadsafe(anext(answer), self.loop).result()
+                piece = self._piece(asyncio.run_coroutine_threadsafe(anext(answer), self.loop).result())
             except StopAsyncIteration:
+                raise AssertionError("the last piece was not marked as the last") from None
+            if piece[2] or piece[3]:  # an empty piece that is not the last is dropped
+                yield piece
+            if piece[3]:
                 return
-            yield piece.properties["Content-Type"], piece.decoded()
+
+    def _piece(self, output):
+        assert output.code == 200, "an error is told within the answer"
+        piece = output.decoded()
+        kind, data = output.properties["Content-Type"], piece["data"].encode()
+        if "code" in piece:
+            return piece["code"], kind, json.dumps({"code": piece["code"], "error": piece["error"]}).encode(), True
+        return 200, kind, data, piece["last"]
 
 
 def make_handler(front):
@@ -80,26 +110,24 @@ def make_handler(front):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             begun = False
-            for kind, piece in front.pieces(body):
+            for status, kind, data, _ in front.pieces(body):
                 if not begun:
-                    self.send_response(int(piece.get("code", 200)))
+                    self.send_response(status)
                     self.send_header("Content-Type", kind)
                     self.send_header("Transfer-Encoding", "chunked")
                     self.end_headers()
                     begun = True
-                data = piece["data"].encode()
                 if data:
                     self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
                     self.wfile.flush()
-                if piece["last"]:
-                    break
             self.wfile.write(b"0\r\n\r\n")
 
     return Handler
 
 
 if __name__ == "__main__":
+    install()
     front = Front(load_handler())
     front.start()
     print(json.dumps({"model": "loaded"}), flush=True)
-    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), make_handler(front)).serve_forever()
+    ThreadingHTTPServer(("", int(sys.argv[1])), make_handler(front)).serve_forever()

@@ -1,7 +1,12 @@
 """An endpoint that really serves: model files from S3 in /opt/ml, the container's server, health check, runtime."""
 
+import contextlib
+import json
+import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -15,6 +20,20 @@ FRONT = Path(__file__).parent / "djl_front.py"
 STAND_IN = Path(__file__).parent / "stand_in.py"
 STAND_INS = {"me/stand-in:1.0"}
 """Images that run a server without a model, for tests of what stands around a model."""
+HOST = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+"""SageMaker reaches a container from outside: a server that listens on 127.0.0.1 alone is not found here."""
+PORT = 8080
+DOCKERFILE = Path(__file__).parents[2] / "Dockerfile"
+GRACE = 30
+"""Seconds between SIGTERM and SIGKILL."""
+OWN = {"GORGON_STEPS": "eager", "GORGON_WARMUP": "false"}
+"""The images' own variables: compiling takes half a minute, and has tests elsewhere."""
+_port_8080 = threading.Lock()
+
+
+def entrypoint():
+    """What our Dockerfile says."""
+    return json.loads(re.search(r"^ENTRYPOINT (.+)$", DOCKERFILE.read_text(), re.MULTILINE)[1])
 
 
 class Endpoint(threading.Thread):
@@ -24,10 +43,8 @@ class Endpoint(threading.Thread):
         self.config_name = request["EndpointConfigName"]
         self.root = Path(plane.root) / "endpoints" / name
         self.status, self.reason, self.created = "Creating", None, time.time()
-        self.container, self.closed = None, False
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.container, self.closed, self.own_image = None, False, False
+        self.port = _free(0)
 
     def describe(self):
         from tests.cloud_plane.plane import ACCOUNT, REGION
@@ -43,7 +60,14 @@ class Endpoint(threading.Thread):
     def close(self):
         self.closed = True
         if self.container is not None:
+            if self.own_image and self.container.process.poll() is None:
+                self.container.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.container.wait(GRACE)
             self.container.kill()
+        if self.port == PORT:
+            _port_8080.release()
+            self.port = None
 
     def run(self):
         primary = self.model["PrimaryContainer"]
@@ -60,14 +84,20 @@ class Endpoint(threading.Thread):
         elif primary["Image"] in STAND_INS:
             command = [str(Path(self.plane.image_bin) / "python3"), str(STAND_IN), str(self.port)]
         else:
-            command = ["gorgon", "serve", "/opt/ml/model", "--port", str(self.port)]
+            self.own_image, command = True, [*entrypoint(), "serve"]
+            if _port_8080.acquire(blocking=False):  # the contract's port if nobody has it, else the contract's variable
+                if _free(PORT):
+                    self.port = PORT
+                else:
+                    _port_8080.release()
+        port = {} if self.port == PORT else {"SAGEMAKER_BIND_TO_PORT": str(self.port)}
         self.root.mkdir(parents=True, exist_ok=True)
-        (self.root / "ml").mkdir(exist_ok=True)
+        (self.root / "ml" / "model").mkdir(parents=True, exist_ok=True)
         log = self.root / "container.log"
         with log.open("w") as output:
             self.container = Container(
-                command, self.root, self.plane.image_bin,
-                {"SAGEMAKER_BIND_TO_PORT": str(self.port), **primary.get("Environment", {})}, output,
+                command, self.root, self.plane.images.get(primary["Image"], self.plane.image_bin),
+                {**OWN, "MODEL_DIR": "/opt/ml/model", **port, **primary.get("Environment", {})}, output,
             )  # fmt: skip
         limit = self.config["ProductionVariants"][0]["ContainerStartupHealthCheckTimeoutInSeconds"]
         until = time.monotonic() + limit
@@ -93,19 +123,29 @@ class Endpoint(threading.Thread):
 
     def _healthy(self):
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ping", timeout=2) as answer:
+            with urllib.request.urlopen(f"http://{HOST}:{self.port}/ping", timeout=2) as answer:
                 return answer.status == 200
         except OSError:
             return False
 
     def ask(self, body, content_type):
         """Status, and the open answer of the container."""
-        url = f"http://127.0.0.1:{self.port}/invocations"
+        url = f"http://{HOST}:{self.port}/invocations"
         request = urllib.request.Request(url, body, {"Content-Type": content_type or "application/json"})
         try:
             return 200, urllib.request.urlopen(request, timeout=60)
         except urllib.error.HTTPError as error:
             return error.code, error
+
+
+def _free(port):
+    """The port, or any for 0, if nobody listens there; else None."""
+    with socket.socket() as free:
+        try:
+            free.bind(("", port))
+        except OSError:
+            return None
+        return free.getsockname()[1]
 
 
 def stream_frames(answer):

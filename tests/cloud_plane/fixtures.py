@@ -1,5 +1,6 @@
 """Fixtures for tests against the control plane, and the ways to call the command line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from gorgon.cli import app
+from gorgon.cloud.wheel import build_wheel
+from gorgon.pipeline import find_recipe, load_recipe, run_one
 from tests.cloud_plane.plane import Plane
 from tests.cloud_plane.sandbox import make_image
 
@@ -49,6 +52,28 @@ def until(condition, seconds=150.0):
 @pytest.fixture(scope="session")
 def image(tmp_path_factory):
     return make_image(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="session")
+def own_image(tmp_path_factory):
+    """What the Dockerfile builds: the same environment with Gorgon installed in it."""
+    made = make_image(tmp_path_factory.mktemp("own-image"))
+    wheel = build_wheel(tmp_path_factory.mktemp("wheel"))
+    pip = [made / "python3", "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel]
+    subprocess.run(pip, check=True)
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A model directory with a trained head and a tree: the embedded backbone, trained for a few seconds."""
+    out = tmp_path_factory.mktemp("tiny")
+    steps = load_recipe(find_recipe("quickstart"), TINY, out).steps
+    for name in ("prepare", "train-heads"):
+        run_one(steps[name], out / name)
+    tree = {"format": 2, "trees": [{"batch_size": 1, "kind": "static", "paths": [[0]], "ngram": 2}]}
+    (out / "train-heads" / "tree.json").write_text(json.dumps(tree))
+    return out / "train-heads"
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ query protocol; the runtime and S3 are REST. Clients are unmodified boto3 with A
 """
 
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,9 +41,9 @@ class Plane:
         self.fail, self.prices, self.quotas = {}, {}, {}
         self.trust, self.caller = "sagemaker.amazonaws.com", f"arn:aws:iam::{ACCOUNT}:user/tester"
         self.missing_images = set()
+        self.images = {}  # images of the account's own: name -> the directory of its commands
         self.lock = threading.RLock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), _handler(self))
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
@@ -250,6 +251,15 @@ class Plane:
                 f"<AssumeRolePolicyDocument>{trust}</AssumeRolePolicyDocument></Role>"
             )
         return f"<{action}Response><{action}Result>{inner}</{action}Result></{action}Response>".encode()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """A client that was killed is no fault of ours."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def _product(usage, usd):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.cloud_plane.fixtures import image, plane  # noqa: F401 - fixtures of the tests against SageMaker's stand-in
+from tests.cloud_plane.fixtures import image, own_image, plane, tiny  # noqa: F401 - SageMaker's stand-in
 
 SMALL = (
     "prepare.rows=400", "finetune.max_steps=12", "finetune.eval_steps=12", "finetune.eval_rows=16", "distill.rows=250",

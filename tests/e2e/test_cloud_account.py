@@ -213,7 +213,7 @@ def test_a_model_without_heads_is_not_deployed(plane, here, content, word):
     plane.store.put(f"{uri}/config.json" if content is not None else f"{uri}/x", json.dumps({"hidden_size": 8}))
     done = cli("deploy", uri, "--name", "sql")
     refused(plane, done, word, "gorgon tune")
-    refused(plane, cli("deploy", "./nowhere"), "cannot be read" if False else "no such model directory")
+    refused(plane, cli("deploy", "./nowhere"), "no such model directory")
 
 
 def local_model(here):
@@ -235,33 +235,6 @@ def test_a_local_model_is_uploaded_once_and_whole(plane, here, monkeypatch):
         cli("endpoints", "delete", "sql")
         stamp = weights.stat().st_mtime_ns
     assert weights.stat().st_mtime_ns == stamp, "named by its contents, it is not sent twice"
-
-
-@pytest.mark.parametrize(
-    ("engine", "form", "variable"), [("vllm", "vllm", "SM_VLLM_SPECULATIVE_CONFIG"), ("tgi", "tgi", "HF_MODEL_ID")]
-)
-def test_other_servers_get_the_heads_in_their_own_format(plane, here, monkeypatch, engine, form, variable):
-    from tests.cloud_plane.endpoints import Endpoint
-
-    monkeypatch.setattr(Endpoint, "run", lambda self: setattr(self, "status", "InService"))
-    asked = []
-
-    def export(model, out, wanted):
-        asked.append(wanted)
-        out.mkdir()
-        (out / "exported").write_text(wanted)
-
-    cloud = SageMakerConfig(endpoint=EndpointConfig(engine=engine, instance_type="ml.g5.xlarge"))
-    Launch(str(local_model(here)), cloud, name="sql", export=export).run()
-    container = plane.models["sql"]["PrimaryContainer"]
-    source = container["AdditionalModelDataSources"][0] if engine == "vllm" else container["ModelDataSource"]
-    assert plane.store.path(source["S3DataSource"]["S3Uri"] + "exported").read_text() == form
-    assert asked == [form] and variable in container["Environment"]
-    if engine == "vllm":
-        assert json.loads(container["Environment"][variable])["num_speculative_tokens"] == 3
-        with pytest.raises(CloudError, match="must be exported for vLLM first"):
-            Launch(model(plane), cloud, name="other", export=export).run()
-        assert "other" not in plane.models
 
 
 def test_overdue_endpoints_can_be_found_and_deleted(plane, here):

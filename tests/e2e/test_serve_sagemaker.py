@@ -3,9 +3,12 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
+from gorgon.cli import app
 from gorgon.core.sampling import Sampling
 from gorgon.decode.request import Request
+from gorgon.errors import ConfigError
 from gorgon.serve import settings
 from tests.serve_support import QUESTIONS, SCHEMA, alone, ask, chat_ids, get, make_engine, post, server
 
@@ -122,3 +125,29 @@ def test_container_defaults(tmp_path, monkeypatch):
     assert settings.container_defaults()["host"] == "0.0.0.0"
     monkeypatch.setenv("SAGEMAKER_BIND_TO_PORT", "8123")
     assert settings.container_defaults()["port"] == 8123
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), {"model": "/from/environment", "slots": 3, "drafts": "none", "warmup": False, "name": "007"}),
+        (("elsewhere", "--slots", "2", "--set", "drafts=ngram"), {"model": "elsewhere", "slots": 2, "drafts": "ngram"}),
+    ],
+)
+def test_a_container_is_told_by_its_environment(tmp_path, monkeypatch, arguments, expected):
+    """Every setting has a variable; what the command line says counts more, and the container's defaults less."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(settings, "MODEL_DIRECTORY", tmp_path / "model")
+    for name, text in {"MODEL": "/from/environment", "SLOTS": "3", "DRAFTS": "none", "WARMUP": "false",
+                       "NAME": "007"}.items():  # fmt: skip
+        monkeypatch.setenv(f"GORGON_{name}", text)
+    given = []
+    monkeypatch.setattr("gorgon.serve.server.serve", given.append)
+    assert CliRunner().invoke(app, ["serve", *arguments]).exit_code == 0
+    (config,) = given
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.host == ("127.0.0.1" if arguments else "0.0.0.0")
+    monkeypatch.setenv("GORGON_PREFILL_CHUNK", "many")
+    result = CliRunner().invoke(app, ["serve"])
+    assert isinstance(result.exception, ConfigError) and "prefill_chunk" in str(result.exception)
+    assert len(given) == 1

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from gorgon.cli import app
 from gorgon.cloud.config import EndpointConfig, SageMakerConfig
-from gorgon.cloud.endpoint import create_calls, delete_calls, endpoint_spec
+from gorgon.cloud.endpoint import create_calls, delete_calls, endpoint_spec, environment
 from gorgon.cloud.images import SERVING, TRAINING, serving_image, training_image
 from gorgon.cloud.job import Channel, JobSpec
 from gorgon.cloud.plan import Place, plan_jobs, resource_name
@@ -70,6 +71,14 @@ def test_golden_endpoints(engine):
     spec = endpoint_spec("sql-1", "s3://my-bucket/model", settings, "eu-west-1", artifact=artifact, heads=5)
     cloud = SageMakerConfig(kms_key="alias/mine", tags={"team": "search"})
     golden(f"endpoint-{engine}", [*create_calls(spec, cloud, PLACE, run="sql"), *delete_calls("sql-1", scaled=True)])
+
+
+@pytest.mark.parametrize("image", [None, "me/gorgon:0.1.0"])
+def test_what_is_compared_with_decodes_without_drafts(image):
+    settings = EndpointConfig(image=image)
+    spec = endpoint_spec("a", "s3://b/m", settings, "eu-west-1", artifact="s3://b/a", plain=True)
+    assert environment(spec)["GORGON_DRAFTS"] == "none", "the handler and `gorgon serve` read the same variable"
+    assert "GORGON_DRAFTS" not in environment(replace(spec, plain=False))
 
 
 def test_a_job_runs_the_laptops_argv_and_reads_what_the_job_before_it_wrote():

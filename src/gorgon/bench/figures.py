@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,32 +13,56 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from gorgon.bench import svg
 from gorgon.bench.decoders import MEDUSA, PLAIN, TRANSFORMERS
 
-LABELS = {MEDUSA: "Gorgon, Medusa heads", PLAIN: "Gorgon, plain decoding", TRANSFORMERS: "transformers.generate"}
-COLORS = {MEDUSA: svg.MEDUSA, PLAIN: svg.PLAIN, TRANSFORMERS: svg.TRANSFORMERS}
-_DASHES = {MEDUSA: "-", PLAIN: (0, (5, 1.6)), TRANSFORMERS: (0, (1.2, 1.6))}
+
+@dataclass(frozen=True)
+class Style:
+    """How one side of a comparison is named and drawn; `key` is its colour's name in the page's CSS."""
+
+    label: str
+    color: str
+    dashes: Any
+    key: str
+
+
+_THREE = ((svg.MEDUSA, "-", "medusa"), (svg.PLAIN, (0, (5, 1.6)), "plain"),
+          (svg.TRANSFORMERS, (0, (1.2, 1.6)), "transformers"))  # fmt: skip
+Sides = dict[str, Style]
+"""Three sides by name, in this order: with heads, the same model without, and a third one."""
+
+
+def sides(labels: Mapping[str, str]) -> Sides:
+    """Three labels by name as sides."""
+    return {name: Style(label, *drawn) for (name, label), drawn in zip(labels.items(), _THREE, strict=True)}
+
+
+DECODERS = sides(
+    {MEDUSA: "Gorgon, Medusa heads", PLAIN: "Gorgon, plain decoding", TRANSFORMERS: "transformers.generate"}
+)
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
 
 
-def latency(medians_ms: Mapping[str, Sequence[float]]) -> str:
-    """Cumulative distribution of the latencies: decoder name -> one latency per prompt, in ms."""
+def latency(medians_ms: Mapping[str, Sequence[float]], shown: Sides = DECODERS) -> str:
+    """Cumulative distribution of the latencies: side -> one latency per prompt, in ms."""
     with svg.drawing(3.1) as (figure, axes):
-        for name in (TRANSFORMERS, PLAIN, MEDUSA):
-            ordered = sorted(medians_ms[name])
+        for name in reversed(shown):
+            style, ordered = shown[name], sorted(medians_ms[name])
             shares = [(i + 1) / len(ordered) for i in range(len(ordered))]
-            axes.step([ordered[0], *ordered], [0, *shares], where="post", color=COLORS[name],
-                      linestyle=_DASHES[name], label=LABELS[name])  # fmt: skip
+            axes.step([ordered[0], *ordered], [0, *shares], where="post", color=style.color, linestyle=style.dashes,
+                      label=style.label)  # fmt: skip
         axes.set(xlabel="Latency of one answer (ms)", ylim=(0, 1.02), xlim=(0, None))
         axes.yaxis.set_major_formatter(_PERCENT)
         axes.axhline(0.5, color=svg.MUTED, linewidth=0.6, linestyle=(0, (2, 2)), zorder=0)
-        _legend_above(axes)
-        means = ", ".join(f"{LABELS[n]} {statistics.median(v):.1f} ms" for n, v in medians_ms.items() if n in LABELS)
+        _legend(axes)
+        medians = ", ".join(f"{shown[n].label} {statistics.median(medians_ms[n]):.1f} ms" for n in shown)
         return svg.embed(
             figure, "latency", "Share of prompts answered within a time",
-            f"Three rising curves; further left is faster. Median prompt: {means}.",
+            f"Three rising curves; further left is faster. Median prompt: {medians}.",
         )  # fmt: skip
 
 
-def paired(plain_ms: Sequence[float], medusa_ms: Sequence[float]) -> str:
+def paired(
+    plain_ms: Sequence[float], medusa_ms: Sequence[float], words: tuple[str, str] = ("Plain decoding", "Medusa heads")
+) -> str:
     """Each prompt's plain latency against its Medusa latency, with lines of equal speed-up."""
     with svg.drawing(3.1) as (figure, axes):
         right, top = 1.05 * max(plain_ms), 1.08 * max(*medusa_ms, max(plain_ms) / 2)
@@ -49,7 +74,7 @@ def paired(plain_ms: Sequence[float], medusa_ms: Sequence[float]) -> str:
         axes.scatter(
             plain_ms, medusa_ms, s=11 if len(plain_ms) > 60 else 18, color=svg.MEDUSA, alpha=0.55, linewidths=0
         )
-        axes.set(xlim=(0, right), ylim=(0, top), xlabel="Plain decoding (ms)", ylabel="Medusa heads (ms)")
+        axes.set(xlim=(0, right), ylim=(0, top), xlabel=f"{words[0]} (ms)", ylabel=f"{words[1]} (ms)")
         axes.grid(visible=False)
         faster = sum(m < p for p, m in zip(plain_ms, medusa_ms, strict=True))
         return svg.embed(
@@ -167,6 +192,24 @@ def candidate_rates(candidates: Sequence[Mapping[str, Any]], chosen: Mapping[str
         )  # fmt: skip
 
 
+def costs(usd_per_million: Mapping[str, float], shown: Sides) -> str:
+    """USD per million tokens of each side whose price is known."""
+    names = [name for name in reversed(shown) if name in usd_per_million]
+    with svg.drawing(0.9 + 0.42 * len(names)) as (figure, axes):
+        values = [usd_per_million[name] for name in names]
+        axes.barh(range(len(names)), values, color=[shown[name].color for name in names], height=0.62)
+        for place, value in enumerate(values):
+            axes.annotate(f"{value:#.3g}", (value, place), xytext=(4, 0), textcoords="offset points", va="center",
+                          fontsize=8)  # fmt: skip
+        axes.set_yticks(range(len(names)), [shown[name].label for name in names])
+        axes.set(xlabel="USD per million tokens, one request at a time", xlim=(0, 1.15 * max(values)))
+        axes.grid(visible=False)
+        return svg.embed(
+            figure, "usd", "Cost of a million tokens",
+            "; ".join(f"{shown[n].label}: {usd_per_million[n]:#.3g} USD" for n in reversed(names)) + ".",
+        )  # fmt: skip
+
+
 def _share(value: float) -> str:
     return f"{100 * value:.0f} %" if value >= 0.01 or value == 0 else "<1 %"
 
@@ -205,6 +248,6 @@ def _mark(axes: Axes, x: float, y: float, text: str) -> None:
     axes.annotate(text, (x, 0), xytext=(4, 5), textcoords="offset points", ha="left", va="bottom", fontsize=8)
 
 
-def _legend_above(axes: Axes) -> None:
+def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="lower right", handlelength=2.2)
+    axes.legend(handles[::-1], labels[::-1], loc="best", handlelength=2.2)

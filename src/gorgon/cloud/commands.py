@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,8 @@ import typer
 from gorgon.errors import CloudError, ConfigError
 
 LoadRecipe = Callable[[str], Any]
+Export = Callable[[Path, Path, str], object]
+Report = Callable[[Mapping[str, Any], Path], dict[str, Any]]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 RegionOption = Annotated[str | None, typer.Option(help="AWS region [the profile's].")]
 JobName = Annotated[str, typer.Argument(help="Name of the job.")]
@@ -21,18 +23,18 @@ jobs = typer.Typer(name="jobs", help="Training jobs of ours on SageMaker.", no_a
 endpoints = typer.Typer(name="endpoints", help="Endpoints of ours on SageMaker.", no_args_is_help=True)
 
 
-def register(app: typer.Typer, load: LoadRecipe, export: Callable[[Path, Path, str], object]) -> None:
+def register(app: typer.Typer, load: LoadRecipe, export: Export, report: Report) -> None:
     """Adds the commands to the command line.
 
-    Args: load: a recipe by file or name; export: writes a model directory in another server's format. Both live in
-        layers that this one must not import.
+    Args: load: a recipe by file or name; export: writes a model directory in another server's format; report: writes
+        the numbers and the page of a comparison. All live in layers that this one must not import.
     """
     app.add_typer(jobs)
     app.add_typer(endpoints)
     app.command("iam-policy")(_iam_policy(load))
     app.command("doctor")(_doctor(load))
     app.command("deploy")(_deploy(load, export))
-    endpoints.command("compare")(_compare(load))
+    endpoints.command("compare")(_compare(load, export, report))
 
 
 def _print(document: object) -> None:
@@ -207,7 +209,7 @@ def _doctor(load: LoadRecipe) -> Callable[..., None]:
     return command
 
 
-def _deploy(load: LoadRecipe, export: Callable[[Path, Path, str], object]) -> Callable[..., None]:
+def _deploy(load: LoadRecipe, export: Export) -> Callable[..., None]:
     def command(
         model: Annotated[str, typer.Argument(help="A model directory, or its s3:// address.")],
         engine: Annotated[str | None, typer.Option(help="gorgon, vllm or tgi [the recipe's, else gorgon].")] = None,
@@ -245,7 +247,7 @@ def _deploy(load: LoadRecipe, export: Callable[[Path, Path, str], object]) -> Ca
     return command
 
 
-def _compare(load: LoadRecipe) -> Callable[..., None]:
+def _compare(load: LoadRecipe, export: Export, report: Report) -> Callable[..., None]:
     def command(
         recipe: Annotated[str, typer.Argument(help="Recipe with the base model and the `sagemaker` section.")],
         model: Annotated[str, typer.Option(help="Model directory with heads, or its s3:// address.")],
@@ -261,9 +263,9 @@ def _compare(load: LoadRecipe) -> Callable[..., None]:
 
         loaded = load(recipe)
         compare_endpoints(
-            loaded.model, model, data, loaded.sagemaker, out, stamp=timestamp(), prompts=prompts, trials=trials,
-            max_tokens=max_tokens,
+            loaded.model, model, data, loaded.sagemaker, out, report=report, export=export, stamp=timestamp(),
+            prompts=prompts, trials=trials, max_tokens=max_tokens,
         )  # fmt: skip
-        typer.echo(str(out))
+        typer.echo(str(out / "report.html"))
 
     return command

@@ -97,7 +97,7 @@ def environment(spec: EndpointSpec) -> dict[str, str]:
     model = local if spec.model_in_s3 else spec.model
     match settings.engine:
         case "gorgon":
-            made = {"GORGON_MODEL": model, **({"GORGON_PLAIN": "1"} if spec.plain else {})}
+            made = {"GORGON_MODEL": model, **({"GORGON_DRAFTS": "none"} if spec.plain else {})}
         case "vllm":
             made = {
                 "SM_VLLM_MODEL": f"{MODEL_DIR}/base-model" if spec.model_in_s3 else spec.model,
@@ -261,7 +261,7 @@ def artifact_files(wheel: Path, assets: Path) -> dict[str, Path | str]:
     """What the DJL container finds in /opt/ml/model: the handler, its settings, and our wheel, installed offline."""
     return {
         "serving.properties": assets / "djl" / "serving.properties", "model.py": assets / "djl" / "model.py",
-        "requirements.txt": f"./local_wheels/{wheel.name}\n", f"local_wheels/{wheel.name}": wheel,
+        "requirements.txt": f"{MODEL_DIR}/local_wheels/{wheel.name}[serve]\n", f"local_wheels/{wheel.name}": wheel,
     }  # fmt: skip
 
 

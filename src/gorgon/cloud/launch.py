@@ -17,7 +17,7 @@ from gorgon.cloud.endpoint import EndpointSpec, create_calls, delete_calls, endp
 from gorgon.cloud.plan import Place, resource_name
 from gorgon.cloud.pricing import guard
 from gorgon.cloud.sagemaker import Call
-from gorgon.cloud.storage import check_prefix, send, split_uri, upload_of
+from gorgon.cloud.storage import Upload, check_prefix, send, split_uri, upload_of
 from gorgon.cloud.submit import timestamp
 from gorgon.config import EMBEDDED
 from gorgon.errors import CloudError, ModelError
@@ -143,10 +143,10 @@ class Launch:
                 hint="copy it here (`aws s3 cp --recursive`) and deploy the local directory",
             )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            self.export(Path(self.model), Path(folder) / "heads", "vllm")
-            found = upload_of(str(Path(folder) / "heads"), Place("", "", "", "b", "p"), RUN)
-            files = {f"{prefix}{uri.removeprefix(found.prefix)}": path for uri, path in found.files.items()}
-            send(type(found)(prefix, files), aws)
+            heads = Path(folder) / "heads"
+            self.export(Path(self.model), heads, "vllm")
+            files = {f"{prefix}/{path.name}": path for path in sorted(heads.iterdir()) if path.is_file()}
+            send(Upload(prefix, files), aws)  # the backbone beside them is uploaded with the model
 
     def _heads(self, aws: Aws | None) -> int | None:
         """How many heads the model has, from its config.json."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -183,8 +183,8 @@ def run_jobs(run: CloudRun) -> dict[str, str]:
             if name is None:
                 name = state.next_name(spec, run.name)
                 request = _with_results(requests[spec.step], spec, name, results)
+                state.started(spec, name)  # before it is: killed in between, the next run looks for it by this name
                 _start(aws, request)
-                state.started(spec, name)
                 say(f"  started {name}; end it with: gorgon jobs stop {name}")
             follow(aws, name)
             results[spec.step] = result_uri(replace(spec, name=name))
@@ -192,8 +192,13 @@ def run_jobs(run: CloudRun) -> dict[str, str]:
     return results
 
 
-def after_jobs(run: CloudRun, results: Mapping[str, str]) -> dict[str, Any]:
-    """What a recipe's `endpoint` section asks for once its jobs are done: an endpoint, or the comparison of three."""
+def after_jobs(
+    run: CloudRun, results: Mapping[str, str], report: Callable[[Mapping[str, Any], Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """What a recipe's `endpoint` section asks for once its jobs are done: an endpoint, or the comparison of three.
+
+    Args: report: as `compare_endpoints` has it.
+    """
     settings = run.cloud.endpoint
     if settings is None:
         return {}
@@ -209,8 +214,8 @@ def after_jobs(run: CloudRun, results: Mapping[str, str]) -> dict[str, Any]:
         raise CloudError("a comparison on endpoints needs the recipe's test prompts", field="endpoint.compare",
                          hint="add a 'prepare' section")  # fmt: skip
     summary = compare_endpoints(
-        run.base, model, results["prepare"], run.cloud, run.out / "endpoints", stamp=stamp, prompts=compare.prompts,
-        trials=compare.trials, max_tokens=compare.max_new_tokens, stop=compare.stop,
+        run.base, model, results["prepare"], run.cloud, run.out / "endpoints", report=report, stamp=stamp,
+        prompts=compare.prompts, trials=compare.trials, max_tokens=compare.max_new_tokens, stop=compare.stop,
     )  # fmt: skip
     return {"endpoints": summary}
 

@@ -17,7 +17,8 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     model: Annotated[
-        str | None, typer.Argument(help="Directory that `tune` wrote; inside a SageMaker container it is known.")
+        str | None,
+        typer.Argument(help="Directory that `tune` wrote [GORGON_MODEL; in a SageMaker container /opt/ml/model]."),
     ] = None,
     host: Annotated[str | None, typer.Option(envvar="GORGON_HOST", help="Address to listen on [127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(envvar="GORGON_PORT", help="Port; 0 picks a free one [8000].")] = None,
@@ -43,11 +44,11 @@ def serve(
     ] = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Serves a model over HTTP: OpenAI's interface, SageMaker's, metrics, and a playground at /."""
-    from gorgon.serve.settings import ServeConfig, container_defaults
+    from gorgon.serve.settings import ServeConfig, container_defaults, environment_settings
 
     given = {"model": model, "host": host, "port": port, "api_key": api_key, "slots": slots, "context": context,
              "queue": queue, "drafts": drafts, "warmup": warmup, "playground": playground}  # fmt: skip
-    values = container_defaults() if model is None else {}
+    values = (container_defaults() if model is None else {}) | environment_settings()
     values |= {name: value for name, value in given.items() if value is not None}
     values |= dict(_assignment(text) for text in assignments)
     if "model" not in values:

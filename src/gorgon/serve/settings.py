@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gorgon.config import Dtype, StepConfig, StepMode
+from gorgon.config import Dtype, StepConfig, StepMode, parse_value
 from gorgon.errors import GorgonError
 
 MODEL_DIRECTORY = Path("/opt/ml/model")
@@ -41,6 +41,16 @@ class ServeConfig(StepConfig):
     )
     warmup: bool = Field(True, description="Decode at every batch size before the first request is taken.")
     playground: bool = Field(True, description="Serve the page at / and its race; it has a slot of its own.")
+
+
+def environment_settings() -> dict[str, Any]:
+    """Settings that the environment gives as GORGON_NAME, such as GORGON_SLOTS: a container has no command line."""
+    given = {}
+    for name, field in ServeConfig.model_fields.items():
+        text = os.environ.get(f"GORGON_{name.upper()}")
+        if text is not None:
+            given[name] = text if field.annotation in (str, str | None) else parse_value(text)
+    return given
 
 
 def container_defaults() -> dict[str, Any]:

@@ -1,186 +1,151 @@
-"""Gorgon's engine behind the DJL container's Python async handler.
+"""Gorgon's server behind the DJL container's Python async handler.
 
-`handle` is called with an empty input when the container starts, and then once for every request, concurrently.
-GORGON_MODEL names the model directory; GORGON_PLAIN=1 decodes without drafts, for comparison, and needs no heads.
-A request is an OpenAI chat request (`messages`, `max_tokens`, `stop`, `stream`) or TGI's (`inputs`, `parameters`).
+`handle` is called with an empty input when the container starts, and then once for every request, all of them on one
+event loop. A request goes to the application that `gorgon serve` runs, as POST /invocations with no socket in between,
+and the application's scheduler decodes the requests that are there together. Bodies, answers and limits are therefore
+the server's own, and so are the settings, as environment variables: GORGON_MODEL, GORGON_DRAFTS, GORGON_SLOTS, ...
+
+What is the container's: a streamed answer is JSON lines, where the server writes server-sent events, and an error is a
+code and a text, of which the container makes the body {"code": ..., "error": ...}.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import threading
-import time
-import uuid
-from collections.abc import AsyncGenerator, Iterator
+import logging
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from djl_python.inputs import Input  # type: ignore[import-not-found, unused-ignore]
 from djl_python.outputs import Output  # type: ignore[import-not-found, unused-ignore]
 
-from gorgon.errors import GorgonError
+MODEL = "/opt/ml/additional-model-data-sources/model"
+WHOLE, LINES = "application/json", "application/jsonlines"
+FAILED = 424
+"""The container's code for an answer that breaks off: its status line is sent by then."""
+log = logging.getLogger("gorgon.serve")
 
-MODEL = os.environ.get("GORGON_MODEL", "/opt/ml/additional-model-data-sources/model")
-PLAIN = os.environ.get("GORGON_PLAIN") == "1"
-CHAT_KEYS = {"messages", "model", "max_tokens", "max_completion_tokens", "stop", "stream", "temperature", "n"}
-TGI_KEYS = {"inputs", "parameters", "stream"}
-TGI_PARAMETERS = {"max_new_tokens", "stop", "do_sample", "return_full_text", "temperature"}
-
-_engine: Any = None
-_one_at_a_time = threading.Lock()
-
-
-def _load() -> None:
-    global _engine  # noqa: PLW0603 - the container keeps one process per model
-    from gorgon.decode.engine import PLAIN as NO_DRAFTS
-    from gorgon.decode.engine import Engine
-    from gorgon.decode.load import load_engine
-    from gorgon.models.backbone import load_backbone
-
-    _engine = Engine(load_backbone(MODEL), None, NO_DRAFTS) if PLAIN else load_engine(MODEL)
-    _engine.answer(_engine.backbone.tokenizer.encode("warm up"), max_new_tokens=2)
+_app: Any = None
 
 
 async def handle(inputs: Input) -> Output | AsyncGenerator[Output, None] | None:
-    """One request. An answer in one piece, or for `"stream": true` in pieces as it decodes."""
+    """One request: its answer in one piece, or for `"stream": true` in pieces as it decodes."""
     if inputs.is_empty():
-        await asyncio.get_running_loop().run_in_executor(None, _load)
+        await _start()
         return None
-    try:
-        request = _parse(inputs.get_as_json())
-    except (GorgonError, ValueError) as error:
-        return _error(str(error), 400)
-    if request["stream"]:
-        return _stream(request)
-    try:
-        generation = await asyncio.get_running_loop().run_in_executor(None, _answer, request)
-    except GorgonError as error:
-        return _error(str(error), 400)
-    return _output(json.dumps(_document(request, generation, generation.text)), last=True, lines=False)
+    exchange = _Exchange(inputs.get_as_bytes())
+    status, kind = await exchange.head()
+    if kind.startswith("text/event-stream"):
+        return _stream(exchange)
+    text = b"".join([piece async for piece in exchange.body()]).decode()
+    return _output(text) if status == 200 else _error(text, status)
 
 
-def _parse(document: Any) -> dict[str, Any]:
-    """Prompt, limit, stop strings and the form of the answer; whatever we cannot honour is refused, never ignored."""
-    if not isinstance(document, dict):
-        raise GorgonError("the request must be a JSON object", field="body")
-    from gorgon.data.chat import encode_prompt
+async def _start() -> None:
+    """Loads and warms the model up. Raises what that raises: the container then says that it did not come up."""
+    global _app  # noqa: PLW0603 - the container keeps one process per model
+    from gorgon.config import build
+    from gorgon.errors import GorgonError
+    from gorgon.serve.app import make_app
+    from gorgon.serve.gate import start_log
+    from gorgon.serve.metrics import Meter
+    from gorgon.serve.scheduler import Scheduler
+    from gorgon.serve.server import SWITCH_S, load
+    from gorgon.serve.settings import ServeConfig, environment_settings
 
-    tokenizer = _engine.backbone.tokenizer
-    if "messages" in document:
-        _refuse_unknown(document, CHAT_KEYS)
-        from gorgon.data.examples import check_messages
-
-        prompt = encode_prompt(tokenizer, check_messages(document["messages"], file="request", line=1))
-        limit, stop, chat = document.get("max_tokens", document.get("max_completion_tokens", 256)), "stop", True
-        options = document
-    elif "inputs" in document:
-        _refuse_unknown(document, TGI_KEYS)
-        options = document.get("parameters") or {}
-        _refuse_unknown(options, TGI_PARAMETERS)
-        prompt = tokenizer.encode(str(document["inputs"]), add_special_tokens=False)
-        limit, stop, chat = options.get("max_new_tokens", 100), "stop", False
-        if options.get("do_sample"):
-            raise GorgonError("this endpoint decodes greedily", field="do_sample", value=True, allowed="false")
-    else:
-        raise GorgonError("the request has no prompt", field="body", allowed="'messages' or 'inputs'")
-    if options.get("temperature") not in (None, 0, 0.0) or document.get("n", 1) != 1:
-        raise GorgonError("this endpoint decodes greedily, one answer each", field="temperature", allowed="0")
-    stops = options.get(stop) or []
-    stops = [stops] if isinstance(stops, str) else list(stops)
-    if not isinstance(limit, int) or isinstance(limit, bool):
-        raise GorgonError("the token limit must be a whole number", field="max_tokens", value=limit)
-    return {
-        "prompt": prompt, "limit": limit, "stop": stops, "chat": chat, "stream": document.get("stream") is True,
-        "id": f"chatcmpl-{uuid.uuid4().hex[:24]}", "created": int(time.time()),
-    }  # fmt: skip
+    config = build(ServeConfig, {"model": MODEL, "playground": False, **environment_settings()}, step="serve")
+    if config.api_key is not None:
+        raise GorgonError("an endpoint has AWS's own access control", field="GORGON_API_KEY", allowed="unset")
+    sys.setswitchinterval(SWITCH_S)
+    start_log()
+    meter = Meter()
+    scheduler = Scheduler(lambda: load(config), config, meter)
+    _app = make_app(config, scheduler, meter)
+    scheduler.start()
+    while scheduler.state == "loading":
+        await asyncio.sleep(0.05)
+    if scheduler.failure is not None:
+        raise scheduler.failure
+    log.info("ready", extra={"fields": {"model": config.model, "plan": str(scheduler.plan)}})
 
 
-def _refuse_unknown(document: dict[str, Any], known: set[str]) -> None:
-    for key in document:
-        if key not in known:
-            raise GorgonError("this field is not supported", field=key, allowed=", ".join(sorted(known)))
+class _Exchange:
+    """One request through the application, by its own protocol, ASGI."""
 
+    def __init__(self, body: bytes) -> None:
+        self._body: bytes | None = bytes(body)
+        self._sent: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._over = asyncio.Event()
+        self._task = asyncio.ensure_future(self._run())
 
-def _answer(request: dict[str, Any]) -> Any:
-    with _one_at_a_time:
-        return _engine.answer(request["prompt"], max_new_tokens=request["limit"], stop=request["stop"])
-
-
-def _document(request: dict[str, Any], generation: Any, text: str) -> Any:
-    finish = {"end": "stop"}.get(generation.finish, generation.finish)
-    facts = {"tokens_per_step": round(generation.tokens_per_step, 3), "seconds": round(generation.seconds, 4)}
-    if not request["chat"]:
-        details = {"finish_reason": finish, "generated_tokens": len(generation.token_ids), **facts}
-        return [{"generated_text": text, "details": details}]
-    prompt, completion = len(request["prompt"]), len(generation.token_ids)
-    return {
-        "id": request["id"], "object": "chat.completion", "created": request["created"], "model": MODEL,
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}],
-        "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
-        "gorgon": facts,
-    }  # fmt: skip
-
-
-def _pieces(request: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """Pieces of text as they are decided; the last one with the reason why the answer ends."""
-    from gorgon.decode.request import Request
-    from gorgon.decode.text import TextStream
-
-    watch, shown, taken, finish = TextStream(_engine.backbone.tokenizer, request["stop"]), 0, 0, "length"
-    with _one_at_a_time:
-        stream = _engine.stream(Request(request["prompt"], request["limit"], request["stop"]))
-        for generation in stream:
-            for token in generation.token_ids[taken:]:
-                watch.push(token)
-            taken, finish = len(generation.token_ids), generation.finish
-            if len(watch.text) > shown:
-                yield watch.text[shown:], None
-                shown = len(watch.text)
-    yield watch.finish()[shown:], {"end": "stop"}.get(finish, finish)
-
-
-async def _stream(request: dict[str, Any]) -> AsyncGenerator[Output, None]:
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[Any] = asyncio.Queue()
-
-    def work() -> None:
+    async def _run(self) -> None:
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+            "path": "/invocations", "raw_path": b"/invocations", "query_string": b"", "root_path": "",
+            "headers": [(b"content-type", WHOLE.encode())], "client": None, "server": None,
+        }  # fmt: skip
         try:
-            for piece in _pieces(request):
-                loop.call_soon_threadsafe(queue.put_nowait, piece)
-        except GorgonError as error:
-            loop.call_soon_threadsafe(queue.put_nowait, error)
+            await _app(scope, self._receive, self._sent.put)
+        except Exception:
+            log.exception("a request failed")
+        finally:
+            self._sent.put_nowait(None)
 
-    loop.run_in_executor(None, work)
-    while True:
-        piece = await queue.get()
-        if isinstance(piece, GorgonError):
-            yield _error(str(piece), 400)
-            return
-        text, finish = piece
-        if request["chat"]:
-            choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
-            document: dict[str, Any] = {
-                "id": request["id"], "object": "chat.completion.chunk", "created": request["created"], "model": MODEL,
-                "choices": [choice],
-            }  # fmt: skip
-        else:
-            document = {"token": {"text": text}, "finish_reason": finish}
-        yield _output(json.dumps(document) + "\n", last=finish is not None, lines=True)
-        if finish is not None:
-            return
+    async def _receive(self) -> dict[str, Any]:
+        if self._body is None:
+            await self._over.wait()
+            return {"type": "http.disconnect"}
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def head(self) -> tuple[int, str]:
+        """Status and content type, as soon as they are known."""
+        message = await self._sent.get()
+        if message is None:
+            self._sent.put_nowait(None)
+            return 500, WHOLE
+        return message["status"], dict(message["headers"]).get(b"content-type", b"").decode()
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """The pieces of the body as they come. Whoever stops listening ends the answer."""
+        try:
+            while (message := await self._sent.get()) is not None:
+                yield message.get("body", b"")
+                if not message.get("more_body"):
+                    return
+        finally:
+            self._over.set()
 
 
-def _output(text: str, *, last: bool, lines: bool) -> Output:
+async def _stream(exchange: _Exchange) -> AsyncGenerator[Output, None]:
+    """Each event as a JSON line of its own, then an empty last piece; an error is the last piece itself."""
+    rest = b""
+    async for piece in exchange.body():
+        *events, rest = (rest + piece).split(b"\n\n")
+        for event in events:
+            text = event.removeprefix(b"data: ").decode()
+            if text == "[DONE]":
+                continue
+            if "error" in json.loads(text):
+                yield _error(text, FAILED, LINES)
+                return
+            yield _output(text + "\n", LINES, last=False)
+    yield _output("", LINES)
+
+
+def _output(text: str, kind: str = WHOLE, *, last: bool = True, **more: Any) -> Output:
     output = Output()
-    output.add(Output.binary_encode({"data": text, "last": last}))
-    output.add_property("Content-Type", "application/jsonlines" if lines else "application/json")
+    output.add(Output.binary_encode({"data": text, "last": last, **more}))
+    output.add_property("Content-Type", kind)
     return output
 
 
-def _error(text: str, code: int) -> Output:
-    output = Output()
-    body = json.dumps({"error": {"message": text, "type": "invalid_request_error", "code": code}})
-    output.add(Output.binary_encode({"data": body, "last": True, "error": text, "code": code}))
-    output.add_property("Content-Type", "application/json")
-    return output
+def _error(text: str, code: int, kind: str = WHOLE) -> Output:
+    """The container's error, from the body that the server has for it: OpenAI's shape, or TGI's."""
+    try:
+        error = json.loads(text)["error"]
+    except (ValueError, LookupError, TypeError):
+        error = text or "the request failed; the log says why"
+    return _output("", kind, error=error["message"] if isinstance(error, dict) else str(error), code=code)

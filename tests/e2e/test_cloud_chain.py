@@ -1,0 +1,196 @@
+"""A recipe from rows to endpoints, its command killed at every stage: nothing is lost, and nothing is left behind."""
+
+import json
+import os
+import signal
+import threading
+
+import pytest
+
+from gorgon.artifacts import read_manifest
+from gorgon.cloud.aws import Aws
+from gorgon.cloud.deploy import invoke, invoke_stream
+from gorgon.errors import CloudError
+from gorgon.pipeline import find_recipe, load_recipe, run_one
+from tests.cloud_plane.endpoints import Endpoint
+from tests.cloud_plane.fixtures import cli, process, settings, until
+from tests.cloud_plane.plane import BUCKET
+from tests.cloud_plane.sandbox import namespaces
+from tests.page_support import check_page
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("cloud")]
+STEPS = ("prepare", "finetune", "train-heads")
+SMALL = (
+    "prepare.rows=60", "prepare.test_fraction=0.04", "finetune.max_steps=1", "finetune.eval_steps=1",
+    "finetune.eval_rows=4", "distill=null", "train-heads.heads=1", "train-heads.epochs=1",
+    "train-heads.evaluations=1", "tune=null", "compare=null", "sagemaker.instance_type=ml.m5.xlarge",
+)  # fmt: skip
+TREE = {"format": 2, "trees": [{"batch_size": 1, "kind": "static", "paths": [[0]], "ngram": 2}]}
+"""Tuning is left out to save time: this is a tree that it could write."""
+STAND_IN, OWN = "me/stand-in:1.0", "me/gorgon:0.1.0"
+MESSAGES = [
+    {"role": "system", "content": "CREATE TABLE pet (age INTEGER)"},
+    {"role": "user", "content": "How many pets?"},
+]
+
+
+def run(image):
+    endpoint = f"sagemaker.endpoint={{instance_type: ml.m5.xlarge, compare: true, image: '{image}'}}"
+    return process("run", "quickstart", *settings(*SMALL, endpoint), "--on", "sagemaker", "--out", "run")
+
+
+def ended(running):
+    out, said = running.communicate(timeout=120)
+    return running.returncode, out, said
+
+
+def killed_at(plane, monkeypatch, operation, number, count=1):
+    """Runs the command and sends it a signal while AWS handles its `count`-th call of an operation."""
+    original, begun, calls = getattr(plane, f"do_{operation}"), threading.Event(), []
+
+    def handle(request):
+        answer = original(request)
+        calls.append(request)
+        if len(calls) == count:
+            begun.wait()
+            os.kill(running.pid, number)
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plane, f"do_{operation}", handle)
+        running = run(STAND_IN)
+        begun.set()
+        return ended(running)
+
+
+def result(plane, step):
+    """Where a step's one job put its result."""
+    (name,) = [name for name in plane.jobs if name.startswith(f"quickstart-{step}-")]
+    return f"{plane.jobs[name].request['OutputDataConfig']['S3OutputPath']}/{name}/output/model"
+
+
+def test_the_chain_killed_at_every_stage(plane, own_image, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plane.images[OWN] = own_image
+    plane.prices = {"ml.m5.xlarge": {"USE1-Host:ml.m5.xlarge": 0.23, "USE1-Train:ml.m5.xlarge": 0.99}}
+
+    # while each job is made: the job runs on, and the next run finds it
+    for step in STEPS:
+        code, _, said = killed_at(plane, monkeypatch, "CreateTrainingJob", signal.SIGKILL)
+        assert code == -signal.SIGKILL, said
+        job = list(plane.jobs.values())[-1]
+        until(lambda job=job: job.status not in ("InProgress", "Stopping"))
+        assert job.status == "Completed" and f"-{step}-" in job.name, (job.name, job.reason)
+        assert not any(plane.left().values()), plane.left()
+    plane.store.put(f"{result(plane, 'train-heads')}/tree.json", json.dumps(TREE))
+
+    # while the three endpoints are made
+    code, _, said = killed_at(plane, monkeypatch, "CreateEndpoint", signal.SIGTERM, count=2)
+    assert code == 130 and "cleaning up" in said, said
+    assert not any(plane.left().values()), plane.left()
+    code, *_ = killed_at(plane, monkeypatch, "CreateEndpoint", signal.SIGKILL, count=3)
+    assert code == -signal.SIGKILL
+    found = json.loads(cli("endpoints", "list", "--json").out)
+    assert len(found) == 3 and all(e["delete_at"] for e in found), "nobody can act after SIGKILL, but they are marked"
+    assert cli("endpoints", "delete", "--all").code == 0
+    assert not any(plane.left().values()), plane.left()
+
+    # while they are compared
+    asked, original = [], Endpoint.ask
+
+    def ask(endpoint, body, kind):
+        asked.append(endpoint.name)
+        if len(asked) == 5:
+            os.kill(running.pid, signal.SIGINT)
+        return original(endpoint, body, kind)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Endpoint, "ask", ask)
+        running = run(STAND_IN)
+        code, _, said = ended(running)
+    assert code == 130 and len(asked) >= 5, said
+    assert not any(plane.left().values()), plane.left()
+    assert not (tmp_path / "run" / "endpoints").exists(), "half a comparison is none"
+
+    # not killed: our engine on three endpoints
+    code, out, said = ended(run(OWN if namespaces() else "djl"))
+    assert code == 0, said
+    assert not any(plane.left().values()), plane.left()
+    results = json.loads(out)
+    check_jobs(plane, results, said, tmp_path)
+    check_comparison(results["endpoints"], tmp_path / "run" / "endpoints")
+    check_endpoint(plane, results["train-heads"])
+    assert not any(plane.left().values()), plane.left()
+    assert all(key.startswith("gorgon/") for key in plane.store.keys(BUCKET))
+
+
+def check_jobs(plane, results, said, folder):
+    """One job per step, chained by their results in S3, each with the laptop's result."""
+    created = [request for name, request in plane.requests if name == "CreateTrainingJob"]
+    assert len(created) == len(STEPS), "each job was made once, whatever was killed"
+    sources = [
+        {c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3Uri"] for c in request["InputDataConfig"]}
+        for request in created
+    ]
+    assert results["train-heads"] == result(plane, "train-heads")
+    assert sources[1]["data"] == sources[2]["data"] == results["prepare"] + "/"
+    assert sources[2]["model"] == results["finetune"] + "/", "heads are trained on what the job before fine-tuned"
+    prepared, tuned, heads = (plane.store.path(results[step]) for step in STEPS)
+    assert read_manifest(tuned)["step"] == "finetune"
+    assert (heads / "base-model" / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
+    assert (heads / "medusa_lm_head.safetensors").is_file()
+    recipe = load_recipe(find_recipe("quickstart"), SMALL, folder / "here")
+    here = run_one(recipe.steps["prepare"], folder / "here" / "prepare")
+    assert read_manifest(prepared)["fingerprint"] == here.manifest["fingerprint"]
+    assert read_manifest(prepared)["outputs"] == here.manifest["outputs"]
+    if namespaces():
+        assert read_manifest(heads)["argv"][1:] == ["step", "train-heads", "--base-dir", "/opt/ml"]
+    assert "top-1" in said and "s billed" in said, "the job's own log is followed"
+    assert json.loads((heads.parent / "data" / "metrics.json").read_text())["steps"] > 0
+
+
+def check_comparison(summary, out):
+    """Heads change no answer, only the first two decode plainly, and the page is there."""
+    assert summary["exact_match"] == 1.0
+    assert summary["tokens_per_step_of"]["fine-tuned"] == summary["tokens_per_step_of"]["base"] == 1.0
+    assert summary["tokens_per_step"] >= 1.0
+    assert all(usd > 0 for usd in summary["usd_per_million_tokens"].values())
+    assert summary["heads"]["evaluations"], "read from the model in S3"
+    assert {e["price"] for e in summary["endpoints"].values()} == {"AWS price list"}
+    check_page((out / "report.html").read_text(), hostile=False)
+
+
+def check_endpoint(plane, model):
+    """Deployed into the DJL container, asked in every way, deleted."""
+    done = cli("deploy", model, "--name", "sql", "--instance-type", "ml.m5.xlarge")
+    assert done.code == 0 and done.out.strip() == "sql", (done.err, done.error)
+    assert "0.230 USD/h (AWS price list)" in done.err and "gorgon endpoints delete sql" in done.err
+    assert [row["name"] for row in json.loads(cli("endpoints", "list", "--json").out)] == ["sql"]
+    aws = Aws()
+    request = {"messages": MESSAGES, "max_tokens": 24, "temperature": 0}
+    whole = invoke(aws, "sql", request)
+    text, usage = whole["choices"][0]["message"]["content"], whole["usage"]
+    assert text and usage["completion_tokens"] <= 24 and usage["speculation"]["tokens_per_step"] >= 1.0
+    pieces = list(invoke_stream(aws, "sql", request))
+    assert len(pieces) > 2, "pieces come while it decodes"
+    assert "".join(p["choices"][0]["delta"].get("content") or "" for p in pieces) == text
+    assert pieces[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    parameters = {"max_new_tokens": 3, "do_sample": False, "details": True}
+    tgi = invoke(aws, "sql", {"inputs": "SELECT", "parameters": parameters})
+    assert 1 <= tgi[0]["details"]["generated_tokens"] <= 3
+    for bad, code, word in (
+        ({"messages": MESSAGES, "best_off": 3}, 400, "best_off"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": MESSAGES, "temperature": 7}, 400, "temperature"),
+        ({"inputs": "x", "parameters": {"best_of": 2}}, 422, "best_of"),
+    ):
+        with pytest.raises(CloudError, match=rf'answered {code}: .*"code": {code}, "error": .*{word}'):
+            invoke(aws, "sql", bad)
+    assert cli("endpoints", "invoke", "sql", "How many pets?", "--max-tokens", 8).out.strip()
+    assert '"EndpointStatus": "InService"' in cli("endpoints", "describe", "sql").out
+    assert "loaded" in cli("endpoints", "logs", "sql").out
+    process = plane.endpoints["sql"].container.process
+    done = cli("endpoints", "delete", "sql")
+    assert done.code == 0 and "with its configuration and model" in done.out
+    assert process.poll() is not None
+    assert cli("endpoints", "delete", "sql").error.hint, "a second time there is nothing to delete"
