@@ -142,6 +142,7 @@ class TuneConfig(StepConfig):
         0.999, gt=0, le=1, description="Heads draft the tokens that make up this share of all answers; 1 drafts any."
     )
     trials: int = Field(5, ge=3, description="Timing passes per tree size; the median counts.")
+    finalist_answers: int = Field(48, ge=1, description="Answers that each of the likeliest choices decodes for real.")
     steps: StepMode = Field("auto", description="How steps run; auto compiles where a C++ compiler is installed.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
     seed: int = Field(42, description="Seed of the prompt choice.")

@@ -142,7 +142,8 @@ def endpoints_invoke(
     from gorgon.cloud.deploy import invoke, invoke_stream
 
     messages = [{"role": "system", "content": system}] if system else []
-    request = {"messages": [*messages, {"role": "user", "content": prompt}], "max_tokens": max_tokens}
+    said = [*messages, {"role": "user", "content": prompt}]
+    request = {"messages": said, "max_tokens": max_tokens, "temperature": 0}  # the model's likeliest answer, always the same
     aws = Aws(region)
     if not stream:
         typer.echo(invoke(aws, name, request)["choices"][0]["message"]["content"])

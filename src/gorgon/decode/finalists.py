@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gorgon.config import TuneConfig
 from gorgon.decode.calibrate import Recording
 from gorgon.decode.candidates import Candidate
 from gorgon.decode.engine import Engine
@@ -17,7 +18,6 @@ STATIC, DYNAMIC = 2, 3
 """Candidates of each kind that become finalists; predictions err by a few percent."""
 GROUP = 8
 """Answers that one finalist decodes before the next takes its turn: a slow moment hits all of them alike."""
-ANSWERS = 48
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,19 @@ def pick_finalists(static: Sequence[Candidate], dynamic: Sequence[Candidate]) ->
 
 
 def decode_finalists(
-    engine: Engine, candidates: Sequence[Candidate], recordings: Sequence[Recording], batch: int, trials: int
+    engine: Engine, candidates: Sequence[Candidate], recordings: Sequence[Recording], batch: int, config: TuneConfig
 ) -> list[Finalist]:
     """Decodes the same answers with each candidate, in turns of a few answers; the median of the trials counts.
 
     Raises: Interrupted between two turns.
     """
     engines = [engine.with_drafter(c.drafter) for c in candidates]
-    chosen = recordings[: max(ANSWERS, 2 * batch)]
+    chosen = recordings[: max(config.finalist_answers, 2 * batch)]
     size = max(GROUP, 2 * batch)
     groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
     seconds = [[list[float]() for _ in groups] for _ in candidates]
     tokens = sum(len(r.answer_ids) for r in chosen)
-    for trial in range(trials + 1):
+    for trial in range(config.trials + 1):
         for g, group in enumerate(groups if trial else groups[:1]):  # the first pass warms up
             prompts, longest = [r.prompt_ids for r in group], max(len(r.answer_ids) for r in group)
             for index, one in enumerate(engines):

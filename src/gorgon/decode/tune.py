@@ -94,7 +94,7 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
             static = static_candidates(recordings, costs[batch], config)
             dynamic = dynamic_candidates(recordings, costs[batch], acceptances, phrasebook, config)
             chosen = pick_finalists(static, dynamic)
-            finalists[batch] = decode_finalists(engine, chosen, recordings, batch, config.trials)
+            finalists[batch] = decode_finalists(engine, chosen, recordings, batch, config)
         best_static[batch] = static[0]
         considered[batch] = sorted([*static, *dynamic], key=lambda c: -c.tokens_per_s)
         entries.append(_entry(batch, finalists[batch], costs[batch]))
