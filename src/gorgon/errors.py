@@ -93,6 +93,10 @@ class SamplingError(GorgonError):
     """A sampling option is out of range, or contradicts another one."""
 
 
+class GrammarError(GorgonError):
+    """A schema or pattern cannot be expressed as a grammar, or an answer cannot be held to it."""
+
+
 class StorageError(GorgonError):
     """A directory cannot be written: full disk, no permission, or files that are not ours in the way."""
 
