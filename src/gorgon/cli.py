@@ -303,8 +303,14 @@ def _export(model: Path, out: Path, form: str) -> object:
     return export_model(build(ExportConfig, {"model": str(model), "format": form}, step="export"), out)
 
 
+def _to_endpoint(name: str, region: str | None, timeout_s: float) -> Callable[[], object]:
+    from gorgon.cloud.runtime import connector
+
+    return connector(name, region, timeout_s)
+
+
 register_serve(app)
-register_bench(app)
+register_bench(app, _to_endpoint)
 register_cloud(app, _recipe, _export)
 
 

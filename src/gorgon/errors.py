@@ -105,6 +105,14 @@ class MissingDependencyError(GorgonError):
     """An optional package or a device that a setting asks for is not there."""
 
 
+class RefusedError(GorgonError):
+    """A server that is under load answered, but with an error."""
+
+    def __init__(self, status: int, text: str, *, retry_after_s: float = 0.0, hint: str | None = None) -> None:
+        self.status, self.retry_after_s = status, retry_after_s
+        super().__init__(f"the server answered {status}: {text[:300]}", field="status", value=status, hint=hint)
+
+
 class CloudError(GorgonError):
     """AWS refused a request, lacks something, or a job or endpoint there failed."""
 
