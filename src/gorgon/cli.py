@@ -309,8 +309,14 @@ def _report(measured: Mapping[str, Any], out: Path) -> dict[str, Any]:
     return report_endpoints(measured, out)
 
 
+def _to_endpoint(name: str, region: str | None, timeout_s: float) -> Callable[[], object]:
+    from gorgon.cloud.runtime import connector
+
+    return connector(name, region, timeout_s)
+
+
 register_serve(app)
-register_bench(app)
+register_bench(app, _to_endpoint)
 register_cloud(app, _recipe, _export, _report)
 
 

@@ -93,12 +93,24 @@ class SamplingError(GorgonError):
     """A sampling option is out of range, or contradicts another one."""
 
 
+class GrammarError(GorgonError):
+    """A schema or pattern cannot be expressed as a grammar, or an answer cannot be held to it."""
+
+
 class StorageError(GorgonError):
     """A directory cannot be written: full disk, no permission, or files that are not ours in the way."""
 
 
 class MissingDependencyError(GorgonError):
     """An optional package or a device that a setting asks for is not there."""
+
+
+class RefusedError(GorgonError):
+    """A server that is under load answered, but with an error."""
+
+    def __init__(self, status: int, text: str, *, retry_after_s: float = 0.0, hint: str | None = None) -> None:
+        self.status, self.retry_after_s = status, retry_after_s
+        super().__init__(f"the server answered {status}: {text[:300]}", field="status", value=status, hint=hint)
 
 
 class CloudError(GorgonError):

@@ -130,12 +130,32 @@ class Endpoint(threading.Thread):
 
     def ask(self, body, content_type):
         """Status, and the open answer of the container."""
-        url = f"http://{HOST}:{self.port}/invocations"
-        request = urllib.request.Request(url, body, {"Content-Type": content_type or "application/json"})
-        try:
-            return 200, urllib.request.urlopen(request, timeout=60)
-        except urllib.error.HTTPError as error:
-            return error.code, error
+        return ask(self.port, body, content_type)
+
+
+class Attached:
+    """An endpoint whose server runs already, in the test's own process."""
+
+    status = "InService"
+
+    def __init__(self, port):
+        self.port = port
+
+    def ask(self, body, content_type):
+        return ask(self.port, body, content_type)
+
+    def close(self):
+        pass
+
+
+def ask(port, body, content_type):
+    """Status, and the open answer, of the server at this port."""
+    url = f"http://{HOST}:{port}/invocations"
+    request = urllib.request.Request(url, body, {"Content-Type": content_type or "application/json"})
+    try:
+        return 200, urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        return error.code, error
 
 
 def _free(port):
@@ -154,13 +174,13 @@ def stream_frames(answer):
         yield frame(piece)
 
 
-def frame(payload):
-    """One PayloadPart event: lengths, checksums and headers as the format has them."""
+def frame(payload, message="event", kind="PayloadPart"):
+    """One event, a PayloadPart unless told: lengths, checksums and headers as the format has them."""
     headers = b""
     for key, value in (
-        (":event-type", "PayloadPart"),
-        (":content-type", "application/octet-stream"),
-        (":message-type", "event"),
+        (f":{message}-type", kind),
+        (":content-type", "application/octet-stream" if message == "event" else "application/json"),
+        (":message-type", message),
     ):
         headers += struct.pack("!B", len(key)) + key.encode() + struct.pack("!BH", 7, len(value)) + value.encode()
     prelude = struct.pack("!II", len(headers) + len(payload) + 16, len(headers))

@@ -163,7 +163,6 @@ def test_many_clients_at_once(served, expected):
     ("change", "param", "words"),
     [
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"best": 1}, "best", "not a field"),
         ({"temperature": "0.5"}, "temperature", "number"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
@@ -224,7 +223,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6,
 )  # fmt: skip
 FIELDS = st.sampled_from(["messages", "temperature", "top_p", "n", "stop", "seed", "logit_bias", "max_tokens", "stream",
-                          "logprobs", "top_logprobs", "presence_penalty", "stream_options", "min_p",
+                          "logprobs", "top_logprobs", "presence_penalty", "stream_options", "min_p", "response_format",
                           "model"])  # fmt: skip
 
 

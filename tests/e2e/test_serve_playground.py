@@ -56,11 +56,30 @@ def test_the_race(browser, served, width, height, scheme):
         accepted += page.locator("#tree .node.yes").count()
         assert page.locator("#tree .node.root").count() == 1
     assert accepted >= 1
+    for side in ("plain", "medusa"):  # a mark for each step, the prompt's before them, up to where the clock stopped
+        marks = page.locator(f"#{side}-strip i")
+        assert marks.count() >= page.locator(f"#{side}-out .block").count()
+        ends = marks.evaluate_all("all => all.map(e => e.offsetLeft + e.offsetWidth)")
+        assert ends == sorted(ends) and ends[-1] <= page.locator(f"#{side}-strip").evaluate("e => e.clientWidth") + 1
     page.locator("#medusa-out .block").nth(1).hover()
+    assert page.locator("#draft-said").inner_text().startswith("Step 1: ")
+    assert page.locator("#medusa-strip i.on").count() == 1
+    own = page.locator("#tree .node.own").inner_text().replace("·", " ").strip()
+    assert page.locator("#medusa-out .block").nth(1).inner_text().endswith(own)
+    overlaps = page.locator("#tree .node").evaluate_all("""all => all.some((a, i) => all.some((b, j) => {
+        const [p, q] = [a.getBoundingClientRect(), b.getBoundingClientRect()];
+        return i < j && p.left < q.right && q.left < p.right && p.top < q.bottom && q.top < p.bottom;
+    }))""")
+    assert not overlaps
     page.locator("#medusa-out").focus()
     page.keyboard.press("ArrowRight")
     assert page.locator("#medusa-out .block").nth(2).evaluate("e => e.classList.contains('on')")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+    page.keyboard.press("End")
+    assert page.locator("#medusa-out .block").last.evaluate("e => e.classList.contains('on')")
+    page.keyboard.press("Home")
+    assert "nothing was drafted" in page.locator("#draft-said").inner_text()
+    page.locator("#medusa-out .block").nth(1).hover()
     if SHOTS:
         page.screenshot(path=str(Path(SHOTS) / f"playground-{width}-{scheme}.png"), full_page=True)
     assert page.faults == []

@@ -256,3 +256,49 @@ def test_frequencies_agree_with_plain_sampling_and_a_wrong_rule_is_found_out(opt
     assert p_value(wrongly, expected * trials) < 1e-9
     together = plainly + sampled  # two samples against each other: each cell's share is half of both
     assert p_value(torch.cat((plainly, sampled)), torch.cat((together, together)) / 2) > 0.001
+
+
+# constraints
+
+
+class Sums:
+    """Allows a token when the sum of all so far, and of it, is no multiple of three; remembers what it was asked."""
+
+    def __init__(self, total=0):
+        self.total, self.asked = total, 0
+
+    def mask(self, logits_V):
+        self.asked += 1
+        allowed = (torch.arange(len(logits_V)) + self.total) % 3 != 0
+        return torch.where(allowed, logits_V, float("-inf"))
+
+    def advance(self, token):
+        self.total += token
+
+
+@settings(max_examples=60)
+@given(trees(max_rank=3), st.sampled_from(sorted(OPTIONS)), st.integers(0, 2**20), st.data())
+def test_a_constrained_walk_is_plain_constrained_sampling(tree, options, seed, data):
+    vocab, sampling, prompt = 8, OPTIONS[options], [1, 2]
+    model, randomness = Script(vocab, seed), Randomness(seed)
+    plainly, expected = Sums(), []
+    for position in range(tree.nodes + 1):
+        history = History(prompt, expected)
+        expected.append(choose(model(prompt + expected), sampling, randomness, position, history, plainly))
+    root, rest = expected[0], expected[1:]
+    right = data.draw(st.integers(0, tree.nodes - 1))  # drafts on the way to this node are what will be chosen
+    tokens, context, depths = [root], [[*prompt, root]], [0]
+    for node in range(1, tree.nodes):
+        parent = tree.parents[node]
+        depths.append(depths[parent] + 1)
+        tokens.append(rest[depths[node] - 1] if node <= right else (root + node) % vocab)
+        context.append([*context[parent], tokens[node]])
+    logits_NV = torch.stack([model(c) for c in context])
+    walking = Sums(root)
+    walked = accept_sampled(
+        tokens, tree.parents, logits_NV, sampling, randomness, 1, History(prompt, [root]), walking
+    )  # fmt: skip
+    output = [tokens[n] for n in walked.nodes[1:]] + [walked.next_token]
+    assert output == rest[: len(output)]
+    assert walking.total == root + sum(output)  # followed to the next step's root
+    assert walking.asked == len(output)  # and nowhere else

@@ -1,7 +1,8 @@
 """One request to a server that writes text, timed as its answer arrives.
 
 Three interfaces: OpenAI's chat completions, the same body at SageMaker's /invocations, and TGI's inputs and parameters
-there. Each request streams, so the time to the first token can be seen.
+there. Each request streams, so the time to the first token can be seen. `cloud.runtime` has a transport of its own for
+endpoints that only AWS's signed requests reach.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-from gorgon.errors import GorgonError
+from gorgon.errors import GorgonError, RefusedError
 
 Api = Literal["openai", "invocations", "tgi"]
 PATHS: dict[str, str] = {"openai": "/v1/chat/completions", "invocations": "/invocations", "tgi": "/invocations"}
@@ -57,14 +58,6 @@ class Transport(Protocol):
         ...
 
 
-class RefusedError(GorgonError):
-    """The server answered, but not with 200."""
-
-    def __init__(self, status: int, text: str, retry_after_s: float) -> None:
-        self.status, self.retry_after_s = status, retry_after_s
-        super().__init__(f"the server answered {status}: {text[:300]}", field="status", value=status)
-
-
 class HttpTransport:
     """One kept connection. Not for several threads at once."""
 
@@ -96,7 +89,7 @@ class HttpTransport:
                 retry = float(response.headers.get("retry-after") or 0)
             except ValueError:
                 retry = 0.0
-            raise RefusedError(response.status, text, retry)
+            raise RefusedError(response.status, text, retry_after_s=retry)
         while line := response.readline():
             yield line
 
@@ -145,6 +138,8 @@ def send(transport: Transport, body: Mapping[str, Any], prompt: int, start: floa
             ended = _take(outcome, json.loads(data), time.perf_counter() - began) or ended
     except RefusedError as error:
         outcome.error, outcome.retry_after_s = str(error.status), error.retry_after_s
+    except GorgonError as error:  # such as credentials that have expired
+        outcome.error = type(error).__name__
     except TimeoutError:
         outcome.error = "timeout"
     except (OSError, http.client.HTTPException) as error:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gorgon.artifacts import storage_errors, write_json
 from gorgon.bench.load import Level, run_level
-from gorgon.bench.load_client import Api, HttpTransport, Outcome, body_of
+from gorgon.bench.load_client import Api, HttpTransport, Outcome, Transport, body_of
 from gorgon.bench.load_report import render, summarize
 from gorgon.decode.prompts import conversation, read_prompts
 from gorgon.errors import DataError, GorgonError
@@ -43,21 +43,21 @@ def bench(
     extra: Mapping[str, Any] | None = None,
     out: Path | None = None,
     seed: int = 0,
+    connect: Callable[[], Transport] | None = None,
 ) -> dict[str, Any]:
     """Runs the levels against the server and returns the result; `out` gets load.json, load.html and answers.jsonl.
 
     Answers are compared with the reference file if there is one, else with those of the first level.
-    Args: reference: JSONL, a row per prompt in order, its answer in 'text' or 'answer'.
+    Args:
+        reference: JSONL, a row per prompt in order, its answer in 'text' or 'answer'.
+        connect: makes a client's connection; HTTP to the URL unless given.
     Raises: GorgonError when the server cannot be reached or refuses a first request; DataError for bad files.
     """
     chats = [conversation(q, s) for s, q in BUILT_IN] if prompts is None else read_prompts(prompts, None)
     bodies = [body_of(c, api, model=model, max_tokens=max_tokens, extra=extra or {}) for c in chats]
     expected = None if reference is None else read_reference(reference, len(bodies))
-    _try(url, api, api_key, timeout_s, bodies[0])
-
-    def connect() -> HttpTransport:
-        return HttpTransport(url, api, api_key, timeout_s)
-
+    connect = connect or (lambda: HttpTransport(url, api, api_key, timeout_s))
+    _try(url, connect(), bodies[0])
     rows = []
     with bar("load", warmup + sum(level.requests for level in levels)) as progress:
         run_level(Level(warmup), bodies, connect, done=progress.advance)
@@ -111,9 +111,8 @@ def read_reference(path: Path, prompts: int) -> dict[int, str]:
     return texts
 
 
-def _try(url: str, api: Api, api_key: str | None, timeout_s: float, body: Mapping[str, Any]) -> None:
+def _try(url: str, transport: Transport, body: Mapping[str, Any]) -> None:
     """One request before all others, so that a wrong address or key is an error and not a table of errors."""
-    transport = HttpTransport(url, api, api_key, timeout_s)
     try:
         for _ in transport.lines(body):
             pass

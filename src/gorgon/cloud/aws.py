@@ -45,7 +45,7 @@ HINTS: tuple[tuple[str, str], ...] = (
     (r"CUDA out of memory|OutOfMemory", "take a machine with more GPU memory, or a smaller batch_size"),
     (r"Throttling|Rate exceeded|TooManyRequests", "AWS asks to slow down; try again in a minute"),
     (r"already exists|ResourceInUse|Cannot create already existing", "the name is taken: choose another one"),
-    (r"Could not find|does not exist|resource not found|RecordNotFound|ResourceNotFound",
+    (r"Could not find|does not exist|of account \d+ not found|resource not found|RecordNotFound|ResourceNotFound",
      "`gorgon jobs list` and `gorgon endpoints list` show what there is in this region"),
 )  # fmt: skip
 """What AWS's words mean for the user, the first match first."""
@@ -75,22 +75,28 @@ class Aws:
         self.region: str = self.session.region_name
 
     @lru_cache  # noqa: B019 - one object per command
-    def client(self, service: str) -> Any:
-        """A boto3 client; retries are botocore's standard ones.
+    def client(self, service: str, config: Any = None) -> Any:
+        """A boto3 client.
 
+        Args: config: botocore's settings; unless given, timeouts of a minute and botocore's standard retries.
         Raises: CloudError for a region that the service is not in.
         """
         from botocore.config import Config
+        from botocore.exceptions import UnknownRegionError
 
         region = FALLBACK_REGION if service == "pricing" else self.region  # the price list is served from there
-        known = self.session.get_available_regions("sagemaker", self.session.get_partition_for_region(self.region))
+        try:
+            partition = self.session.get_partition_for_region(self.region)
+        except UnknownRegionError:
+            partition = "aws"
+        known = self.session.get_available_regions("sagemaker", partition)
         if self.region not in known and not os.environ.get("AWS_ENDPOINT_URL"):
             raise CloudError(
                 "SageMaker is not in this region", field="sagemaker.region", value=self.region,
                 allowed=", ".join(known[:6]) + ", ...",
             )  # fmt: skip
         timeout = 3 if service == "pricing" else 60
-        config = Config(
+        config = config or Config(
             retries={"mode": "standard", "max_attempts": 1 if service == "pricing" else 5}, connect_timeout=timeout,
             read_timeout=timeout,
         )  # fmt: skip

@@ -143,7 +143,7 @@ def endpoints_invoke(
 
     messages = [{"role": "system", "content": system}] if system else []
     said = [*messages, {"role": "user", "content": prompt}]
-    request = {"messages": said, "max_tokens": max_tokens, "temperature": 0}  # the model's likeliest answer, always the same
+    request = {"messages": said, "max_tokens": max_tokens, "temperature": 0}  # always the same answer
     aws = Aws(region)
     if not stream:
         typer.echo(invoke(aws, name, request)["choices"][0]["message"]["content"])

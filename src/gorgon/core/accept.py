@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gorgon.core.constraint import Constraint
 from gorgon.core.sampling import History, Randomness, Sampling, choose, probabilities, process
 
 
@@ -75,6 +76,7 @@ def accept_sampled(
     randomness: Randomness | None = None,
     position: int = 0,
     history: History | None = None,
+    constraint: Constraint | None = None,
 ) -> Accepted:
     """The path along which plain sampling, with this seed, would have walked.
 
@@ -86,13 +88,14 @@ def accept_sampled(
         randomness, history: may be None where `sampling` needs none. `history` holds prompt and output, the root
             included, and is not changed.
         position: output position of the token after the root.
-    Raises: ModelError when the logits on the path are not finite.
+        constraint: has followed the answer up to the root; afterwards up to `next_token`.
+    Raises: ModelError when the logits on the path are not finite; what the constraint raises.
     Invariant: accepted tokens and `next_token` are what `choose` gives one position at a time, whatever the drafts.
         Nodes with equal tokens are followed together, so that the longest branch wins, the earliest in a tie.
     """
     level = [0]
     while True:
-        token = choose(logits_NV[level[0]], sampling, randomness, position, history)
+        token = choose(logits_NV[level[0]], sampling, randomness, position, history, constraint)
         right = [n for n in range(level[0] + 1, len(tokens)) if tokens[n] == token and parents[n] in level]
         if not right:
             return Accepted(_path_to(level[0], parents), token)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gorgon.core.constraint import Constraint
 from gorgon.errors import ModelError, SamplingError
 
 Acceptance = Literal["exact", "typical"]
@@ -324,14 +325,24 @@ def choose(
     randomness: Randomness | None = None,
     position: int = 0,
     history: History | None = None,
+    constraint: Constraint | None = None,
 ) -> int:
     """The token at one output position: the whole of plain decoding, one position at a time.
 
     Args: logits_V: the backbone's, unprocessed. randomness, history: may be None where `sampling` needs none.
         position: of the token to choose, the first output token being 0.
-    Raises: ModelError when the logits are not finite, or none is left.
+        constraint: applied before everything else, and advanced by the token.
+    Raises: ModelError when the logits are not finite, or none is left; what the constraint raises.
     """
-    scores_V = _adjust(logits_V, sampling, history)
+    if constraint is not None:
+        logits_V = constraint.mask(logits_V)
+    token = _chosen(_adjust(logits_V, sampling, history), sampling, randomness, position)
+    if constraint is not None:
+        constraint.advance(token)
+    return token
+
+
+def _chosen(scores_V: Tensor, sampling: Sampling, randomness: Randomness | None, position: int) -> int:
     if sampling.greedy:
         value, index = scores_V.max(dim=0)
         if not math.isfinite(value):

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gorgon.core.sampling import GREEDY, Sampling
+from gorgon.decode.grammar import Grammar
 from gorgon.decode.logprobs import Logprob
-from gorgon.errors import GorgonError, LimitError
+from gorgon.errors import GorgonError, LimitError, SamplingError
 
 Finish = Literal["end", "length", "stop"]
 
@@ -24,6 +25,7 @@ class Request:
         sampling: greedy unless given.
         ignore_end: go on after an end token, for measurements.
         logprobs: how many likeliest tokens to report beside every output token's log-probability; None reports nothing.
+        grammar: what the answer must fit, at its beginning; each answer follows a copy.
     """
 
     prompt_ids: Sequence[int]
@@ -32,13 +34,15 @@ class Request:
     sampling: Sampling = GREEDY
     ignore_end: bool = False
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def limit(self, context: int, vocab_size: int) -> int:
         """Tokens that the answer may have in a context of this length.
 
-        Raises: GorgonError for an empty prompt, a token beyond the vocabulary or a limit below 1, LimitError for a
-            prompt that fills the context.
+        Raises: GorgonError for an empty prompt, a token beyond the vocabulary, a limit below 1, or an option that
+            contradicts the grammar; LimitError for a prompt that fills the context.
         """
+        self._check_grammar()
         if not self.prompt_ids:
             raise GorgonError("the prompt is empty", field="prompt", hint="give at least one token")
         if self.max_new_tokens < 1:
@@ -55,6 +59,14 @@ class Request:
                 hint="shorten the prompt, or use a model with a longer context",
             )  # fmt: skip
         return min(self.max_new_tokens, room)
+
+    def _check_grammar(self) -> None:
+        if self.grammar is not None and self.ignore_end:
+            raise GorgonError("an answer that fits a grammar ends with it", field="ignore_eos", value=True,
+                              allowed="false with a grammar")  # fmt: skip
+        if self.grammar is not None and self.sampling.acceptance == "typical":
+            raise SamplingError("typical acceptance does not know grammars", field="acceptance", value="typical",
+                                allowed="exact with a grammar")  # fmt: skip
 
 
 @dataclass

@@ -44,6 +44,7 @@ class Running:
         self.draft: Draft | None = None  # what the last step verified
         self.context = NgramIndex(request.prompt_ids) if engine.copies else None
         self.history = History(request.prompt_ids) if request.sampling.needs_history else None
+        self.grammar = None if request.grammar is None else request.grammar.copy()
         self._tokenizer, self._end_ids = engine.backbone.tokenizer, engine.backbone.end_ids
         self._watch = TextStream(engine.backbone.tokenizer, request.stop) if request.stop else None
         self._start = time.perf_counter()
@@ -59,6 +60,11 @@ class Running:
     def root(self) -> int:
         """The token decided last, which has no cache row yet."""
         return self.generation.token_ids[-1]
+
+    @property
+    def takes_argmax(self) -> bool:
+        """The argmax of the backbone's own logits decides every token."""
+        return self.grammar is None and self.request.sampling.plain_greedy
 
     @property
     def done(self) -> bool:
@@ -253,17 +259,17 @@ class Slots:
     def _choices(
         self, batch: Sequence[Running], drafts: Sequence[Draft], hidden_BNH: torch.Tensor
     ) -> torch.Tensor | None:
-        """The token after each node where some request does not take the raw argmax; None where all do.
+        """The token after each node where some request does not take the argmax; None where all do.
 
         An error, such as a distribution with nothing left in it, belongs to its own request.
         """
-        if all(r.request.sampling.plain_greedy for r in batch):
+        if all(r.takes_argmax for r in batch):
             return None
         with torch.inference_mode():
             logits_BNV = self.engine.backbone.logits(hidden_BNH)
             chosen = logits_BNV.argmax(-1).tolist()
             for b, (running, draft) in enumerate(zip(batch, drafts, strict=True)):
-                if running.request.sampling.plain_greedy:
+                if running.takes_argmax:
                     continue
                 try:
                     chosen[b] = self._walk(running, draft, logits_BNV[b], len(chosen[b]))
@@ -275,15 +281,18 @@ class Slots:
 
     @staticmethod
     def _walk(running: Running, draft: Draft, logits_NV: torch.Tensor, nodes: int) -> list[int]:
-        """The sampled token after each node on the path that sampling takes, `NOT_CHOSEN` elsewhere."""
-        sampling, position = running.request.sampling, len(running.generation.token_ids)
+        """The chosen token after each node on the path that the walk takes, `NOT_CHOSEN` elsewhere."""
+        sampling, grammar = running.request.sampling, running.grammar
+        state = running.randomness, len(running.generation.token_ids), running.history
         chosen = [NOT_CHOSEN] * nodes
         if draft.nodes == 1:
-            chosen[0] = choose(logits_NV[0], sampling, running.randomness, position, running.history)
+            chosen[0] = choose(logits_NV[0], sampling, *state, grammar)
             return chosen
-        accept = accept_typical if sampling.acceptance == "typical" else accept_sampled
         parents = [-1, *draft.parents[1:]]
-        walked = accept(draft.tokens, parents, logits_NV, sampling, running.randomness, position, running.history)
+        if sampling.acceptance == "typical":  # `Request.limit` lets it have no grammar
+            walked = accept_typical(draft.tokens, parents, logits_NV, sampling, *state)
+        else:
+            walked = accept_sampled(draft.tokens, parents, logits_NV, sampling, *state, grammar)
         for node, child in zip(walked.nodes, walked.nodes[1:], strict=False):
             chosen[node] = draft.tokens[child]
         chosen[walked.nodes[-1]] = walked.next_token

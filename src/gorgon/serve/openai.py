@@ -13,13 +13,21 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from gorgon.core.sampling import Sampling
+from gorgon.decode.grammar import Grammar
 from gorgon.decode.logprobs import Logprob
 from gorgon.decode.request import Generation, Request
 from gorgon.errors import GorgonError, SamplingError
 from gorgon.serve.choices import Choice, Delta, token_text
 from gorgon.serve.jobs import Submission
 from gorgon.serve.problems import RESPONSES, problem
-from gorgon.serve.schemas import ChatAnswer, ChatBody, CompletionAnswer, CompletionBody, SamplingBody
+from gorgon.serve.schemas import (
+    ChatAnswer,
+    ChatBody,
+    CompletionAnswer,
+    CompletionBody,
+    ResponseFormat,
+    SamplingBody,
+)
 from gorgon.serve.service import EventStream, Service
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -55,7 +63,19 @@ def _bias(bias: dict[str, float]) -> dict[int, float]:
     return {int(token): value for token, value in bias.items()}
 
 
-def requests_of(
+async def grammar_of(service: Service, asked: ResponseFormat | None) -> Grammar | None:
+    """What `response_format` holds the answer to.
+
+    Raises: GrammarError naming the field.
+    """
+    if asked is None or asked.type == "text":
+        return None
+    if asked.json_schema is None:
+        return await service.grammar("json", None, "response_format")
+    return await service.grammar("json", asked.json_schema.schema_, "response_format.json_schema.schema")
+
+
+async def requests_of(
     service: Service, body: SamplingBody, prompts: Sequence[Sequence[int]], limit: int | None, logprobs: int | None
 ) -> list[Request]:
     """One checked request per answer: all answers to the first prompt, then to the second.
@@ -63,12 +83,13 @@ def requests_of(
     Args: limit: tokens per answer; None is as many as the context holds.
     """
     sampling, stop = sampling_of(body), body.stop or []
+    grammar = await grammar_of(service, body.response_format)
     made = []
     for prompt in prompts:
         room = service.room(prompt)
         request = Request(
             prompt, room if limit is None else limit, [stop] if isinstance(stop, str) else list(stop), sampling,
-            ignore_end=bool(body.ignore_eos), logprobs=logprobs,
+            ignore_end=bool(body.ignore_eos), logprobs=logprobs, grammar=grammar,
         )  # fmt: skip
         made += [service.check(request, "max_tokens")] * (body.n or 1)
     return made
@@ -242,7 +263,7 @@ async def answer_chat(http: HttpRequest, service: Service, body: ChatBody) -> Re
     prompt = await service.encode_chat([message.as_dict() for message in body.messages])
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    requests = requests_of(service, body, [prompt], limit, logprobs)
+    requests = await requests_of(service, body, [prompt], limit, logprobs)
     return await reply(http, service, ChatFormat(service, body, [prompt]), requests)
 
 
@@ -257,7 +278,7 @@ async def answer_completion(http: HttpRequest, service: Service, body: Completio
     else:
         prompts = [await service.encode_text(p) if isinstance(p, str) else list(p) for p in given]
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    requests = requests_of(service, body, prompts, limit, body.logprobs)
+    requests = await requests_of(service, body, prompts, limit, body.logprobs)
     return await reply(http, service, CompletionFormat(service, body, prompts), requests)
 
 

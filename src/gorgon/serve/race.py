@@ -88,7 +88,7 @@ class Race:
             self._firsts[name] = event.seconds
         self._seconds[name] = event.seconds
         return {"side": name, "text": delta.text, "tokens": len(event.ids), "seconds": event.seconds,
-                "draft": self._draft(event)}  # fmt: skip
+                "draft": self._draft(event), "own": self._own(event)}  # fmt: skip
 
     def _draft(self, event: Tokens) -> list[dict[str, Any]] | None:
         """The step's nodes: text, parent, and whether they were accepted; None for a root alone."""
@@ -101,6 +101,12 @@ class Race:
              "accepted": bool(accepted >> i & 1)}
             for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True))
         ]  # fmt: skip
+
+    def _own(self, event: Tokens) -> str | None:
+        """The token that the model chose after its last confirmed draft; None where the answer ended before it."""
+        if event.draft is None or len(event.ids) <= event.draft.depths[event.node]:
+            return None
+        return token_text(self._tokenizer, event.ids[-1])
 
     def _comparison(self) -> dict[str, Any]:
         plain, medusa = (self._choices[name].generation for name in ("plain", "medusa"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, ValidationError
 
 from gorgon.core.sampling import GREEDY, Sampling
+from gorgon.decode.grammar import Grammar
 from gorgon.decode.logprobs import Logprob
 from gorgon.decode.request import Generation, Request
 from gorgon.errors import GorgonError
@@ -31,16 +32,52 @@ DEFAULT_NEW_TOKENS = 100
 """TGI's own default."""
 
 
+class NamedSchema(Body):
+    """TGI's newer way to give a schema."""
+
+    name: Text | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class TgiGrammar(Body):
+    """What the answer is held to: a JSON Schema, as an object or as its text, or a regular expression."""
+
+    type: Literal["json", "json_schema", "regex"]
+    value: Any
+
+    async def grammar(self, service: Service) -> Grammar:
+        """The grammar.
+
+        Raises: GrammarError when there is no such grammar; GorgonError for a value that does not go with the type.
+        """
+        field, value = "parameters.grammar.value", self.value
+        if self.type == "regex":
+            if not isinstance(value, str):
+                raise GorgonError("the pattern is not text", field=field)
+            return await service.grammar("regex", value, field)
+        if self.type == "json_schema":
+            try:
+                return await service.grammar("json", NamedSchema.model_validate(value).schema_, field)
+            except ValidationError as error:
+                raise GorgonError(invalid(error.errors()).problem, field=field) from error
+        try:
+            schema = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError) as error:
+            raise GorgonError("the schema is not valid JSON", field=field) from error
+        if not isinstance(schema, dict):
+            raise GorgonError("the schema is not an object", field=field)
+        return await service.grammar("json", schema, field)
+
+
 class TgiParameters(Body):
     """TGI's options. Those that Gorgon does not have are refused unless they change nothing."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "best_of": (1,), "decoder_input_details": (False,), "grammar": (), "top_n_tokens": (0,), "truncate": (),
-        "typical_p": (1.0,), "watermark": (False,), "adapter_id": (),
+        "best_of": (1,), "decoder_input_details": (False,), "top_n_tokens": (0,), "truncate": (), "typical_p": (1.0,),
+        "watermark": (False,), "adapter_id": (),
     }  # fmt: skip
     best_of: int | None = None
     decoder_input_details: bool | None = None
-    grammar: Any = None
     top_n_tokens: int | None = None
     truncate: int | None = None
     typical_p: float | None = None
@@ -56,6 +93,7 @@ class TgiParameters(Body):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: Annotated[list[StopText], Field(max_length=16)] | None = None
+    grammar: TgiGrammar | None = None
     return_full_text: bool | None = None
     details: bool | None = None
 
@@ -96,7 +134,10 @@ class Tgi:
         service.room(prompt)
         asked = DEFAULT_NEW_TOKENS if options.max_new_tokens is None else options.max_new_tokens
         wants_logprobs = bool(self._body.stream or options.details)
-        request = Request(prompt, asked, options.stop or [], options.sampling(), logprobs=0 if wants_logprobs else None)
+        sampling = options.sampling()
+        grammar = None if options.grammar is None else await options.grammar.grammar(service)
+        logprobs = 0 if wants_logprobs else None
+        request = Request(prompt, asked, options.stop or [], sampling, logprobs=logprobs, grammar=grammar)
         submission = service.submit([service.check(request, "parameters.max_new_tokens")])
         if self._body.stream:
             return EventStream(self._stream(submission), submission)

@@ -20,10 +20,12 @@ from gorgon.core.sampling import GREEDY, Sampling
 from gorgon.data.chat import encode_prompt
 from gorgon.decode.drafts import Drafter
 from gorgon.decode.engine import Engine
+from gorgon.decode.grammar import Grammars
 from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.request import Request
 from gorgon.decode.slots import Slots
 from gorgon.decode.step import HeadChoices
+from gorgon.errors import GorgonError
 from gorgon.serve.errors import BusyError, InternalError, UnavailableError
 from gorgon.serve.jobs import Job, Submission
 from gorgon.serve.lane import Lane, Sent
@@ -51,6 +53,7 @@ class Scheduler:
         self.failure: Exception | None = None
         self.engine: Engine | None = None
         self.plan: KvPlan | None = None
+        self.grammars: Grammars | None = None
         self.lanes: dict[str, Lane] = {}
         self._load = load
         self._changed = threading.Condition()
@@ -219,10 +222,22 @@ class Scheduler:
             lanes["plain"] = Lane(plain, self.config.prefill_chunk, self.meter)
         for name, lane in lanes.items():
             _warm_up(lane, full=self.config.warmup and name == "main")
+        self.grammars = _grammars(engine, prepare=self.config.warmup)
         self.engine, self.plan, self.lanes = engine, plan, lanes
         self.meter.planned(plan)
         if self.state == "loading":
             self.state = "ready"
+
+
+def _grammars(engine: Engine, *, prepare: bool) -> Grammars:
+    backbone = engine.backbone
+    made = Grammars(backbone.tokenizer, backbone.vocab_size, backbone.end_ids)
+    try:
+        if prepare:
+            made.prepare()
+    except GorgonError as error:  # a request that asks for a grammar will be told
+        log.warning("no grammars: %s", error)
+    return made
 
 
 def _hand_out(sent: Sent) -> None:

@@ -60,6 +60,28 @@ class StreamOptions(Body):
     include_usage: bool = Field(False, description="Send a last chunk with the whole usage.")
 
 
+class JsonSchema(Body):
+    """A JSON Schema that the answer must fit."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="Changes nothing.")
+    description: Text | None = Field(None, description="Changes nothing.")
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="The answer always fits, whatever is given here.")
+
+
+class ResponseFormat(Body):
+    """What the answer is held to."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_pair(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("'json_schema' is given with the type 'json_schema', and only then")
+        return self
+
+
 class SamplingBody(Body):
     """What chat and text completions share."""
 
@@ -80,6 +102,7 @@ class SamplingBody(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = Field(None, description="Token ids and what is added to their logits.")
+    response_format: ResponseFormat | None = Field(None, description="Hold the answer to JSON, or to a JSON Schema.")
     user: Text | None = Field(None, description="Changes nothing; for logs of the client's own.")
     top_k: int | None = Field(None, ge=0, lt=2**31, description="Beyond OpenAI: keep this many tokens; 0 is off.")
     min_p: float | None = Field(None, ge=0, lt=1, description="Beyond OpenAI: least share of the likeliest token.")
@@ -111,11 +134,10 @@ class ChatBody(SamplingBody):
     """Body of /v1/chat/completions."""
 
     neutral = {
-        "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-        "function_call": ("none", "auto"), "parallel_tool_calls": (True, False), "modalities": (["text"],),
-        "audio": (), "prediction": (), "reasoning_effort": ("none",), "verbosity": (), "web_search_options": (),
-        "service_tier": ("auto", "default"), "store": (False,), "metadata": ({},), "prompt_cache_key": (),
-        "safety_identifier": (), "moderation": (),
+        "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+        "parallel_tool_calls": (True, False), "modalities": (["text"],), "audio": (), "prediction": (),
+        "reasoning_effort": ("none",), "verbosity": (), "web_search_options": (), "service_tier": ("auto", "default"),
+        "store": (False,), "metadata": ({},), "prompt_cache_key": (), "safety_identifier": (), "moderation": (),
     }  # fmt: skip
     messages: list[Message] = Field(min_length=1, description="The chat so far; the assistant answers the last one.")
     max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer word for max_tokens.")

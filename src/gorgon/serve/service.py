@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from gorgon.data.chat import Message, encode_prompt
 from gorgon.decode.engine import Engine
+from gorgon.decode.grammar import Grammar
 from gorgon.decode.request import Request
 from gorgon.errors import GorgonError, LimitError, ModelError
 from gorgon.serve.choices import Choice
@@ -67,6 +68,16 @@ class Service:
         else:
             ids = (await asyncio.to_thread(tokenizer, text))["input_ids"]
         return [int(i) for i in ids]
+
+    async def grammar(self, kind: Literal["json", "regex"], text: Any, field: str) -> Grammar:
+        """What an answer is to be held to; made beside the event loop, for a schema may take a while.
+
+        Args: text: a JSON Schema or None, or a pattern. field: what an error names.
+        Raises: GrammarError when there is no such grammar.
+        """
+        _ = self.engine  # ready, so there are grammars
+        assert self.scheduler.grammars is not None
+        return await asyncio.to_thread(getattr(self.scheduler.grammars, kind), text, field=field)
 
     def room(self, prompt_ids: Sequence[int]) -> int:
         """Tokens that an answer to this prompt may have.
