@@ -52,7 +52,9 @@ def tune(config: TuneConfig, out: Path, *, force: bool = False) -> StepResult:
 
 def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
     with run.timed("load"):
-        engine = load_engine(model, dtype=config.dtype, drafters=PLAIN, steps=config.steps)
+        engine = load_engine(
+            model, dtype=config.dtype, quantization=config.quantization, drafters=PLAIN, steps=config.steps
+        )
     prompts = _prompts(engine, rows, config)
     with run.timed("answers"):
         answers = write_answers(
@@ -112,6 +114,7 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
             "machine": machine(),
             "device": _device_name(engine),
             "dtype": str(engine.backbone.dtype).removeprefix("torch."),
+            "quantization": engine.backbone.quantization,
             "threads": torch.get_num_threads(),
             "steps": engine.backbone.steps,
             "draft_vocabulary": vocabulary,
