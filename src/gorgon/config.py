@@ -22,8 +22,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "int4"]
 """How the weights of the backbone's layers are held while it decodes (`models.quantize`)."""
 QUANTIZATION_HELP = "Weights of the backbone's layers: in full (none), or int8 or int4 through torchao."
-StepMode = Literal["auto", "eager", "recorded", "compiled"]
+StepMode = Literal["auto", "eager", "recorded", "compiled", "captured"]
 """How decoding steps are run (`models.compiler`)."""
+STEPS_HELP = "How steps run; auto captures CUDA graphs on a GPU, and on a CPU compiles where there is a C++ compiler."
 
 
 class StepConfig(BaseModel):
@@ -143,7 +144,7 @@ class TuneConfig(StepConfig):
         0.999, gt=0, le=1, description="Heads draft the tokens that make up this share of all answers; 1 drafts any."
     )
     trials: int = Field(5, ge=3, description="Timing passes per tree size; the median counts.")
-    steps: StepMode = Field("auto", description="How steps run; auto compiles where a C++ compiler is installed.")
+    steps: StepMode = Field("auto", description=STEPS_HELP)
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
     quantization: Quantization = Field("none", description=QUANTIZATION_HELP)
     seed: int = Field(42, description="Seed of the prompt choice.")
@@ -161,7 +162,7 @@ class CompareConfig(StepConfig):
     stop: list[str] = Field([], description="Strings that end an answer.")
     sql: bool = Field(True, description="Run answers and references in SQLite on each row's schema.")
     extra_nodes: list[int] = Field([], description="Also measure the best trees of these sizes, without n-gram branch.")
-    steps: StepMode = Field("auto", description="How steps run; auto compiles where a C++ compiler is installed.")
+    steps: StepMode = Field("auto", description=STEPS_HELP)
     examples: int = Field(6, ge=0, description="Example answers shown in the report.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
     quantization: Quantization = Field("none", description=QUANTIZATION_HELP)

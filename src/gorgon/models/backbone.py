@@ -21,6 +21,7 @@ from gorgon.errors import ModelError
 from gorgon.models.cache import TreeCache
 from gorgon.models.compiler import TensorFunction, pick_mode, step_function
 from gorgon.models.families import attention_of, refuse_mismatch, refuse_other_results, refuse_unsupported
+from gorgon.models.graphs import CudaRecorder, Graphs
 from gorgon.models.linear import lay_out_linear_weights
 from gorgon.models.masks import additive, prompt_visibility, tree_visibility
 from gorgon.models.quantize import quantizer
@@ -96,6 +97,7 @@ class Backbone:
     dtype: torch.dtype
     steps: StepMode = "eager"
     quantization: Quantization = "none"
+    graphs: Graphs | None = None
     _functions: dict[TensorFunction, TensorFunction] = field(default_factory=dict)
 
     @property
@@ -219,9 +221,10 @@ class Backbone:
     def run_steps(self, mode: StepMode) -> None:
         """From now on step functions run in this mode; their tokens stay the same.
 
-        Raises: MissingDependencyError when compiling is asked for and no compiler is there.
+        Raises: MissingDependencyError when compiling is asked for and no compiler is there, or capturing without CUDA.
         """
         self.steps, self._functions = pick_mode(mode, self.parameters, self.device), {}
+        self.graphs = Graphs(CudaRecorder(self.device)) if self.steps == "captured" else None
         if self.steps != "compiled":  # the compiler packs weights itself
             lay_out_linear_weights(self.model)
 

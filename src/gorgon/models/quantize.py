@@ -35,8 +35,8 @@ def quantizer(quantization: Quantization, dtype: torch.dtype, device: torch.devi
     """What replaces the weights of every linear layer of a model's decoder, in place; 'none' leaves them as they are.
 
     Raises: MissingDependencyError without torchao, or on a GPU that has no 4-bit products; ModelError for a dtype that
-        4 bits do not go with. So all this is said before a model is loaded. The quantizer itself raises ModelError, with
-        nothing changed, for weights that are not linear layers and for a layer whose size does not fit.
+        4 bits do not go with; all this before a model is loaded. The result raises ModelError, and changes nothing,
+        for weights that are not linear layers and for a layer whose size does not fit.
     Invariant: products are those of the dequantised weights up to rounding, with activations in the backbone's dtype.
     """
     if quantization == "none":
