@@ -21,41 +21,11 @@ from gorgon.errors import MissingDependencyError
 from gorgon.models.backbone import load_backbone
 from gorgon.models.compiler import pick_mode
 from gorgon.models.graphs import Graphs
-from tests.parity.support import TREES
+from tests.parity.support import TREES, Recorder
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: CUDA graphs are not run")
 SAMPLED = Sampling(temperature=3.0, seed=3)
-
-
-class Again:
-    """Runs the function again at each replay, into the tensors of the capture. As in CUDA, a capture computes nothing:
-    outputs are rubbish until the first replay."""
-
-    def __init__(self, function):
-        self._function = function
-        function()
-        self.outputs = function()
-        for tensor in self.outputs:
-            tensor.fill_(-7)
-
-    def replay(self):
-        for mine, new in zip(self.outputs, self._function(), strict=True):
-            mine.copy_(new)
-
-
-class Recorder:
-    """Counts what it captures."""
-
-    def __init__(self):
-        self.captured = 0
-
-    def capture(self, function):
-        self.captured += 1
-        return Again(function)
-
-    def fetch(self, table):
-        return table.tolist()
 
 
 class Failing(Recorder):

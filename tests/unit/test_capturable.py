@@ -1,4 +1,4 @@
-"""A step's functions can be captured: nothing waits for the device, lets a value decide a size, or copies from the host.
+"""A step's functions can be captured: no wait for the device, no size that a value decides, no copy from the host.
 
 They run on tensors without values (device 'meta'), where reading one raises, under modes that look at every operation.
 """
