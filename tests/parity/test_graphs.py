@@ -173,6 +173,28 @@ def test_new_buffers_are_captured_anew(eager, asked):
     assert recorder.captured == 2 and running.generation.token_ids == expected
 
 
+def test_other_heads_on_the_same_cache_are_captured_anew(eager, asked):
+    """Their graph holds the addresses of their weights; tokens would be right all the same, but not what is drafted."""
+    other = MedusaHeads(3, 1, eager.backbone.hidden_size, eager.backbone.vocab_size).requires_grad_(False)
+    drafter = drafters()["static"]
+
+    def both(engine):
+        slots, found = engine.with_drafter(drafter).slots(1, 512), []
+        for heads in (engine.heads, other):
+            slots.use(Engine(engine.backbone, heads, drafter))
+            running = slots.admit(Request(asked[0], 24))
+            slots.read_prompt()
+            drafts = []
+            while slots.running:
+                slots.step()
+                drafts.append(running.draft.tokens)
+            found.append((running.generation.token_ids, drafts))
+        return found
+
+    first, second = both(captured(eager))
+    assert [first, second] == both(eager) and first[0] == second[0] and first[1] != second[1]
+
+
 def test_a_cache_that_is_gone_takes_its_graphs_with_it(eager, asked):
     engine = captured(eager, Forgetful())
     slots = engine.slots(1, 512)

@@ -27,6 +27,9 @@ OUTPUTS = 16
 FIRST_INT4_GPU = (8, 0)
 """Compute capability from which torch's 4-bit products run on a GPU."""
 
+CHATTY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn, while torchao is imported, of kernels for other devices and of a deprecation inside it."""
+
 Quantizer = Callable[[Any], None]
 _ConfigOf = Callable[[str, nn.Linear], Any]
 
@@ -39,6 +42,8 @@ def quantizer(quantization: Quantization, dtype: torch.dtype, device: torch.devi
         for weights that are not linear layers and for a layer whose size does not fit.
     Invariant: products are those of the dequantised weights up to rounding, with activations in the backbone's dtype.
     """
+    for chatty in CHATTY:  # also without quantisation: transformers imports torchao wherever it is installed
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     if quantization == "none":
         return lambda _model: None
     with _torchao(quantization):
@@ -59,9 +64,7 @@ def quantizer(quantization: Quantization, dtype: torch.dtype, device: torch.devi
 
 @contextlib.contextmanager
 def _torchao(quantization: Quantization) -> Iterator[None]:
-    """Imports torchao without its warnings about kernels for other devices; they concern nothing that is used here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """Says what to install where torchao is missing."""
     try:
         yield
     except ImportError as error:
@@ -69,8 +72,6 @@ def _torchao(quantization: Quantization) -> Iterator[None]:
             f"quantised weights need torchao: {error}", field="quantization", value=quantization, allowed="none",
             hint="pip install 'gorgon-llm[quantization]'",
         ) from error  # fmt: skip
-    finally:
-        logging.disable(before)
 
 
 def _refuse_other_weights(decoder: nn.Module, quantization: Quantization) -> None:
