@@ -3,6 +3,7 @@
     python benchmarks/limits.py                        # results/limits.json and docs/figures/limits.svg
     python benchmarks/limits.py --sizes 4M,30M --threads 2
     python benchmarks/limits.py --figure               # the figure alone, from the committed result
+    python benchmarks/limits.py --device cuda          # 1B, 8B in bfloat16, with and without CUDA graphs; not yet run
 
 Weights are random: a step's time does not depend on their values. Steps are timed without heads, because a head's cost
 depends on the draft vocabulary that `tune` chooses. docs/peers.md says what the floor is.
@@ -22,19 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from gorgon.artifacts import provenance, write_json
 from gorgon.core.draft import Draft
 from gorgon.core.tree import DraftTree
-from gorgon.decode.step import DraftBatch, Stepper
-from gorgon.models.backbone import Backbone
+from gorgon.decode.engine import PLAIN, Engine
+from gorgon.decode.step import DraftBatch
+from gorgon.models.backbone import Backbone, pick_dtype
 from gorgon.models.cache import TreeCache
 from gorgon.progress import say
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "limits.json"
-FIGURE = ROOT / "docs" / "figures" / "limits.svg"
+NAMES = {"cpu": "limits", "cuda": "limits-cuda"}
+"""Of result and figure."""
+CPU = torch.device("cpu")
 NODES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256
 """Tokens in the cache when a step begins."""
@@ -55,8 +58,12 @@ SIZES: dict[str, dict[str, Any]] = {
              "num_key_value_heads": 5, "vocab_size": 49152, "tie_word_embeddings": True},
     "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
            "num_key_value_heads": 4, "vocab_size": 32000},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
-"""Shapes: the embedded model, one between, SmolLM's two smaller ones, TinyLlama's."""
+"""Shapes: the embedded model, one between, SmolLM's two smaller ones, TinyLlama's, Llama 3.1's."""
+MEASURED = {"cpu": ["4M", "30M", "135M", "360M", "1B"], "cuda": ["1B", "8B"]}
+"""Sizes that are measured unless others are asked for."""
 
 
 class _Tokenizer:
@@ -65,13 +72,15 @@ class _Tokenizer:
     eos_token_id = 1
 
 
-def random_backbone(size: str) -> Backbone:
-    """A Llama of this size with random weights."""
+def random_backbone(size: str, device: torch.device = CPU) -> Backbone:
+    """A Llama of this size with random weights, in the dtype of the device."""
     torch.manual_seed(0)
     config = LlamaConfig(max_position_embeddings=1024, **SIZES[size])
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    dtype = pick_dtype("auto", device)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     model.generation_config = GenerationConfig(eos_token_id=1)
-    return Backbone(size, model, _Tokenizer(), torch.device("cpu"), torch.float32)
+    return Backbone(size, model, _Tokenizer(), device, dtype)
 
 
 def tree_of(nodes: int) -> DraftTree:
@@ -94,13 +103,14 @@ def step_of(backbone: Backbone, nodes: int) -> Callable[[], None]:
     for parent in tree.parents[1:]:
         shape.add(9, parent)
     cache = TreeCache(int(backbone.text_config.num_hidden_layers), 1, CONTEXT + 64 + nodes)
-    stepper = Stepper(backbone, None, 0, None)
+    engine = Engine(backbone, None, PLAIN)
+    stepper = engine.stepper(1)
     stepper.prompt(cache, [i % backbone.vocab_size for i in range(CONTEXT)], 0)
+    visible = engine.visible(CONTEXT + nodes, cache.capacity)
 
     def step() -> None:
-        batch, lengths = DraftBatch.of([shape], backbone.device), torch.tensor([CONTEXT])
-        hidden = stepper.forward(cache, batch, lengths, CONTEXT + batch.nodes)
-        stepper.settle(cache, batch, lengths, hidden)
+        batch = DraftBatch.of([shape], backbone.device, nodes if engine.fixed_shapes else None)
+        stepper.step(cache, batch, torch.tensor([CONTEXT], device=backbone.device), visible)
 
     return step
 
@@ -110,21 +120,29 @@ def as_stored(_backbone: Backbone) -> None:
 
 
 def as_engine(backbone: Backbone) -> None:
-    """What `load_engine(..., steps="auto")` does to a backbone."""
+    """What `load_engine(..., steps="auto")` does to a backbone; on a GPU, capture."""
     backbone.run_steps("auto")
 
 
 PATHS: dict[str, Callable[[Backbone], None]] = {"eager": as_stored, "engine": as_engine}
 
 
-def timed_ms(call: Callable[[], object], seconds: float) -> dict[str, float]:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given; a step ends with its own wait."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed_ms(call: Callable[[], object], seconds: float, device: torch.device = CPU) -> dict[str, float]:
     """Median and lowest time of a call, in ms, after two that are not counted."""
     for _ in range(2):
         call()
+    wait(device)
     samples: list[float] = []
     while len(samples) < LEAST or (sum(samples) < seconds and len(samples) < MOST):
         start = time.perf_counter()
         call()
+        wait(device)
         samples.append(time.perf_counter() - start)
     return summary_ms(samples)
 
@@ -153,25 +171,25 @@ def step_times(backbone: Backbone, seconds: float) -> dict[str, dict[str, float]
 
 
 @torch.inference_mode()
-def bandwidth(size_bytes: int, seconds: float = 1.0) -> float:
+def bandwidth(size_bytes: int, device: torch.device = CPU, seconds: float = 1.0) -> float:
     """Bytes per second of reading a buffer of this size over and over: the faster of a sum and a matrix-vector product.
 
     A buffer that fits the caches is read faster than memory, as the weights of a small model are.
     """
     columns = 1024
     rows = max(1, size_bytes // 4 // columns)
-    buffer_RC, vector_C = torch.ones(rows, columns), torch.ones(columns)
-    fastest = min(
-        timed_ms(call, seconds)["lowest"] for call in (buffer_RC.sum, lambda: torch.mv(buffer_RC, vector_C))
-    )  # fmt: skip
+    buffer_RC, vector_C = torch.ones(rows, columns, device=device), torch.ones(columns, device=device)
+    calls = (buffer_RC.sum, lambda: torch.mv(buffer_RC, vector_C))
+    fastest = min(timed_ms(call, seconds, device)["lowest"] for call in calls)
     return rows * columns * 4 / fastest * 1000
 
 
 @torch.inference_mode()
-def matrix_rate(size: int = 2048, seconds: float = 2.0) -> float:
-    """Floating-point operations per second of a large float32 matrix product."""
-    left, right = torch.ones(size, size), torch.ones(size, size)
-    return 2 * size**3 / timed_ms(lambda: left @ right, seconds)["lowest"] * 1000
+def matrix_rate(device: torch.device = CPU, seconds: float = 2.0) -> float:
+    """Floating-point operations per second of a large matrix product in the dtype of the device."""
+    size = 2048 if device.type == "cpu" else 8192
+    left, right = torch.ones(2, size, size, dtype=pick_dtype("auto", device), device=device)
+    return 2 * size**3 / timed_ms(lambda: left @ right, seconds, device)["lowest"] * 1000
 
 
 def costs(backbone: Backbone) -> dict[str, int]:
@@ -182,19 +200,20 @@ def costs(backbone: Backbone) -> dict[str, int]:
     head_size = config.hidden_size // config.num_attention_heads
     cached = 2 * config.num_hidden_layers * CONTEXT * config.num_key_value_heads * head_size
     attention = 4 * config.num_hidden_layers * CONTEXT * config.hidden_size
-    return {"weight_bytes": 4 * weights, "cache_bytes": 4 * cached, "flops_per_node": 2 * weights + attention}
+    size = backbone.dtype.itemsize
+    return {"weight_bytes": size * weights, "cache_bytes": size * cached, "flops_per_node": 2 * weights + attention}
 
 
-def measure(size: str, rate: float, memory: float, seconds: float) -> dict[str, Any]:
-    backbone = random_backbone(size)
+def measure(size: str, rate: float, memory: float, seconds: float, device: torch.device) -> dict[str, Any]:
+    backbone = random_backbone(size, device)
     parameters, cost = backbone.parameters, costs(backbone)
     total = cost["weight_bytes"] + cost["cache_bytes"]
-    reached = max(memory, bandwidth(min(total, STREAM_BYTES)))
+    reached = max(memory, bandwidth(min(total, STREAM_BYTES), device))
     steps: dict[str, Any] = {}
     for path, prepare in PATHS.items():
         prepare(backbone)
-        steps[path] = step_times(backbone, seconds)
-        curve = ", ".join(f"{n}: {t['median']:.2f}" for n, t in steps[path].items())
+        steps[path] = step_times(backbone, seconds) | ({"run": backbone.steps} if device.type == "cuda" else {})
+        curve = ", ".join(f"{n}: {steps[path][str(n)]['median']:.2f}" for n in NODES)
         say(f"{size} {path}: {curve} ms")
     floor = {str(n): round(1000 * max(total / reached, n * cost["flops_per_node"] / rate), 4) for n in NODES}
     return {"parameters": parameters, "shape": SIZES[size], **cost, "bandwidth_gb_s": round(reached / 1e9, 2),
@@ -203,18 +222,23 @@ def measure(size: str, rate: float, memory: float, seconds: float) -> dict[str, 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
-    memory, rate = bandwidth(STREAM_BYTES), matrix_rate()
-    say(f"memory {memory / 1e9:.1f} GB/s, matrix products {rate / 1e9:.0f} GFLOP/s on {options.threads} threads")
+    device = torch.device(options.device)
+    memory, rate = bandwidth(STREAM_BYTES, device), matrix_rate(device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{options.threads} threads"
+    say(f"memory {memory / 1e9:.1f} GB/s, matrix products {rate / 1e9:.0f} GFLOP/s on {where}")
     models = {}
     for size in options.sizes:
-        models[size] = measure(size, rate, memory, options.seconds)
+        models[size] = measure(size, rate, memory, options.seconds, device)
         gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return {
         "format": 1,
         "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
         "weights": "random",
         "heads": "left out",
-        "dtype": "float32",
+        "dtype": str(pick_dtype("auto", device)).removeprefix("torch."),
+        "device": where,
         "threads": options.threads,
         "context": CONTEXT,
         "memory_gb_s": round(memory / 1e9, 2),
@@ -252,13 +276,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=lambda text: text.split(","), default=list(SIZES), help=", ".join(SIZES))
+    parser.add_argument("--sizes", type=lambda text: text.split(","), help=", ".join(SIZES))
+    parser.add_argument("--device", choices=list(NAMES), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time per point")
     parser.add_argument("--figure", action="store_true", help="draw the committed result and measure nothing")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--figure-out", type=Path, default=FIGURE)
+    parser.add_argument("--out", type=Path, help="benchmarks/results/limits.json, or limits-cuda.json")
+    parser.add_argument("--figure-out", type=Path, help="docs/figures/limits.svg, or limits-cuda.svg")
     options = parser.parse_args()
+    name = NAMES[options.device]
+    options.sizes = options.sizes or MEASURED[options.device]
+    options.out = options.out or ROOT / "benchmarks" / "results" / f"{name}.json"
+    options.figure_out = options.figure_out or ROOT / "docs" / "figures" / f"{name}.svg"
+    if options.device == "cuda" and not torch.cuda.is_available() and not options.figure:
+        parser.error("no CUDA GPU is here")
     unknown = [size for size in options.sizes if size not in SIZES]
     if unknown:
         parser.error(f"unknown size {unknown[0]!r}; known: {', '.join(SIZES)}")

@@ -1,10 +1,11 @@
 """Where a step's time goes: drafting, the forward over the tree, acceptance and commit, the heads, the rest.
 
-    python benchmarks/step_profile.py MODEL    # a directory that `tune` wrote
+    python benchmarks/step_profile.py MODEL                  # a directory that `tune` wrote
+    python benchmarks/step_profile.py MODEL --device cuda    # bfloat16, with and without CUDA graphs; not yet run
 
 For each way of running steps and several tree sizes, medians over many steps on one context. The parts are timed by
 leaving them out: `settle` with and without heads, the forward alone, the drafter alone. Writes
-results/step-profile.json and docs/figures/step-profile.svg.
+results/step-profile.json and docs/figures/step-profile.svg (on a GPU, step-profile-cuda).
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from gorgon.artifacts import provenance, write_json
 from gorgon.core.draft import Draft
 from gorgon.core.heads import PackedHeads
 from gorgon.decode.dynamic import DynamicDrafter
-from gorgon.decode.load import load_engine, read_drafters
+from gorgon.decode.load import engine_on, read_drafters
 from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.step import DraftBatch, HeadChoices, Stepper
+from gorgon.models.backbone import load_backbone
 from gorgon.models.cache import TreeCache
-from gorgon.models.directory import read_phrasebook, read_tree_file
+from gorgon.models.directory import base_model, read_phrasebook, read_tree_file
 from gorgon.progress import say
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES = ("eager", "recorded", "compiled")
+MODES = {"cpu": ("eager", "recorded", "compiled"), "cuda": ("eager", "captured")}
 NODES = (1, 4, 8, 16, 24)
 CONTEXT, STEPS = 120, 120
 PARTS = ("draft", "forward", "accept and commit", "heads")
@@ -50,10 +52,11 @@ def median_ms(call: Callable[[], object]) -> float:
     return statistics.median(samples)
 
 
-def profile(model: Path, mode: Any) -> dict[str, dict[str, float]]:
+def profile(model: Path, mode: Any, device: str) -> dict[str, dict[str, float]]:
     """Part -> ms by number of nodes, for one way of running steps."""
-    engine = load_engine(model, dtype="float32", steps=mode)
-    backbone, document = engine.backbone, read_tree_file(model)
+    backbone, document = load_backbone(base_model(model), device=device), read_tree_file(model)
+    engine = engine_on(backbone, model)
+    backbone.run_steps(mode)
     drafters = read_drafters(document, read_phrasebook(model, backbone.vocab_size)).values()
     drafter = next((d for d in drafters if isinstance(d, DynamicDrafter)), None)
     assert engine.heads is not None
@@ -63,18 +66,16 @@ def profile(model: Path, mode: Any) -> dict[str, dict[str, float]]:
     cache = TreeCache(int(backbone.text_config.num_hidden_layers), 1, CONTEXT + 128)
     prompt = [5 + i % (backbone.vocab_size - 5) for i in range(CONTEXT)]
     bare.prompt(cache, prompt, 0)
-    lengths, context = torch.tensor([CONTEXT]), NgramIndex(prompt)
+    lengths, context = torch.tensor([CONTEXT], device=backbone.device), NgramIndex(prompt)
     choices = HeadChoices([list(range(5, 5 + width))] * count, [[-0.3 - i for i in range(width)]] * count)
     found: dict[str, dict[str, float]] = {}
     for nodes in NODES:
         draft = Draft([7])
         for i in range(nodes - 1):
             draft.add(9, max(0, i - 1))
-        batch = DraftBatch.of([draft], backbone.device)
-        hidden = bare.forward(cache, batch, lengths, CONTEXT + nodes)
-        forward = median_ms(lambda: bare.forward(cache, batch, lengths, CONTEXT + nodes))  # noqa: B023
-        settle = median_ms(lambda: bare.settle(cache, batch, lengths, hidden))  # noqa: B023
-        with_heads = settle if nodes == 1 else median_ms(lambda: full.settle(cache, batch, lengths, hidden))  # noqa: B023
+        batch = DraftBatch.of([draft], backbone.device, nodes if engine.fixed_shapes else None)
+        visible = engine.visible(CONTEXT + nodes, cache.capacity)
+        forward, settle, with_heads = _parts(bare, full, cache, batch, lengths, visible)
         drafting = 0.0
         if drafter is not None and nodes > 1:
             grown = DynamicDrafter(drafter.acceptance, drafter.phrasebook, nodes=nodes, threshold=0.001, width=width)
@@ -85,6 +86,35 @@ def profile(model: Path, mode: Any) -> dict[str, dict[str, float]]:
         }  # fmt: skip
         say(f"{mode}, {nodes} nodes: {found[str(nodes)]}")
     return found
+
+
+@torch.inference_mode()
+def _parts(
+    bare: Stepper, full: Stepper, cache: TreeCache, batch: DraftBatch, lengths: torch.Tensor, visible: int
+) -> tuple[float, float, float]:
+    """Forward, the rest of a step without heads, and with them; captured, a whole step less its forward."""
+
+    def wait() -> None:
+        if lengths.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    pair = bare._captured(cache, batch, lengths, visible, True)
+    if pair is not None:
+
+        def forward() -> None:
+            pair.put(batch.flat_4BN, lengths)
+            pair.run(0)
+            wait()
+
+        first = median_ms(forward)
+        settle = median_ms(lambda: bare.step(cache, batch, lengths, visible)) - first
+        return first, settle, median_ms(lambda: full.step(cache, batch, lengths, visible)) - first
+    hidden = bare.forward(cache, batch, lengths, visible)
+    first = median_ms(lambda: (bare.forward(cache, batch, lengths, visible), wait()))
+    settle = median_ms(lambda: bare.settle(cache, batch, lengths, hidden))
+    if batch.nodes == 1:
+        return first, settle, settle
+    return first, settle, median_ms(lambda: full.settle(cache, batch, lengths, hidden))
 
 
 def draw(modes: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
@@ -115,13 +145,17 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    model = parser.parse_args().model
-    modes = {mode: profile(model, mode) for mode in MODES}
-    result = {"name": "step-profile", "context": CONTEXT, "steps": STEPS, "threads": torch.get_num_threads(),
+    parser.add_argument("--device", choices=list(MODES), default="cpu")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA GPU is here")
+    modes = {mode: profile(options.model, mode, options.device) for mode in MODES[options.device]}
+    name = "step-profile" if options.device == "cpu" else "step-profile-cuda"
+    result = {"name": name, "context": CONTEXT, "steps": STEPS, "threads": torch.get_num_threads(),
               "ms": modes, **provenance()}  # fmt: skip
-    write_json(ROOT / "benchmarks" / "results" / "step-profile.json", result)
+    write_json(ROOT / "benchmarks" / "results" / f"{name}.json", result)
     (ROOT / "docs" / "figures").mkdir(exist_ok=True)
-    draw(modes, ROOT / "docs" / "figures" / "step-profile.svg")
+    draw(modes, ROOT / "docs" / "figures" / f"{name}.svg")
     print(json.dumps(result))
 
 

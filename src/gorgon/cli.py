@@ -13,7 +13,17 @@ import typer
 
 from gorgon.bench.commands import register as register_bench
 from gorgon.cloud.commands import register as register_cloud
-from gorgon.config import STEPS, ExportConfig, ImportConfig, StepConfig, build, nearest, parse_value
+from gorgon.config import (
+    QUANTIZATION_HELP,
+    STEPS,
+    ExportConfig,
+    ImportConfig,
+    Quantization,
+    StepConfig,
+    build,
+    nearest,
+    parse_value,
+)
 from gorgon.errors import ConfigError, GorgonError
 from gorgon.serve.commands import register as register_serve
 
@@ -172,6 +182,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer, in tokens.")] = 256,
     stop: Annotated[list[str], typer.Option(help="A string that ends the answer; repeatable.")] = [],  # noqa: B006
     plain: Annotated[bool, typer.Option("--plain", help="Decode without drafts, to compare.")] = False,
+    quantization: Annotated[Quantization, typer.Option(help=QUANTIZATION_HELP)] = "none",
     as_json: JsonFlag = False,
 ) -> None:
     """Answers a prompt, or every prompt of a file, as it decodes; speed goes to stderr."""
@@ -192,7 +203,7 @@ def generate(
     from gorgon.decode.text import TextStream
     from gorgon.progress import say
 
-    engine = load_engine(model)
+    engine = load_engine(model, quantization=quantization)
     engine = engine.plain() if plain else engine
     tokenizer = engine.backbone.tokenizer
     answers = []

@@ -19,8 +19,14 @@ EMBEDDED = "embedded"
 """Name of the backbone and of the dataset that ship inside the package."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-StepMode = Literal["auto", "eager", "recorded", "compiled"]
+Quantization = Literal["none", "int8", "int4"]
+"""How the weights of the backbone's layers are held while it decodes (`models.quantize`)."""
+QUANTIZATION_HELP = "Weights of the backbone's layers: in full (none), or int8 or int4 through torchao."
+StepMode = Literal["auto", "eager", "recorded", "compiled", "captured"]
 """How decoding steps are run (`models.compiler`)."""
+STEPS_HELP = (
+    "How steps run; auto compiles on a CPU with a C++ compiler, and is eager on a GPU; captured is for CUDA graphs."
+)
 
 
 class StepConfig(BaseModel):
@@ -96,6 +102,7 @@ class DistillConfig(StepConfig):
     max_new_tokens: int = Field(128, ge=1, description="Length limit of one answer, in tokens.")
     batch_size: int = Field(32, ge=1, description="Prompts answered together.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
+    quantization: Quantization = Field("none", description=QUANTIZATION_HELP)
 
 
 class TrainHeadsConfig(StepConfig):
@@ -116,6 +123,7 @@ class TrainHeadsConfig(StepConfig):
     checkpoint_seconds: float = Field(120.0, gt=0, description="Seconds between checkpoints.")
     feature_batch_tokens: int = Field(4096, ge=16, description="Tokens per backbone forward while caching.")
     dtype: Dtype = Field("auto", description="Dtype of backbone and heads; auto is bfloat16 on a GPU, else float32.")
+    quantization: Quantization = Field("none", description=QUANTIZATION_HELP)
     seed: int = Field(42, description="Seed of data order and biases.")
 
 
@@ -143,8 +151,9 @@ class TuneConfig(StepConfig):
     )
     trials: int = Field(5, ge=3, description="Timing passes per tree size; the median counts.")
     finalist_answers: int = Field(48, ge=1, description="Answers that each of the likeliest choices decodes for real.")
-    steps: StepMode = Field("auto", description="How steps run; auto compiles where a C++ compiler is installed.")
+    steps: StepMode = Field("auto", description=STEPS_HELP)
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
+    quantization: Quantization = Field("none", description=QUANTIZATION_HELP)
     seed: int = Field(42, description="Seed of the prompt choice.")
 
 
@@ -160,9 +169,10 @@ class CompareConfig(StepConfig):
     stop: list[str] = Field([], description="Strings that end an answer.")
     sql: bool = Field(True, description="Run answers and references in SQLite on each row's schema.")
     extra_nodes: list[int] = Field([], description="Also measure the best trees of these sizes, without n-gram branch.")
-    steps: StepMode = Field("auto", description="How steps run; auto compiles where a C++ compiler is installed.")
+    steps: StepMode = Field("auto", description=STEPS_HELP)
     examples: int = Field(6, ge=0, description="Example answers shown in the report.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
+    quantization: Quantization = Field("none", description=QUANTIZATION_HELP)
     seed: int = Field(42, description="Seed of the prompt choice.")
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -16,14 +17,20 @@ import limits
 import peers
 import pipe
 import record
+import step_profile
 
 from gorgon.config import PrepareConfig
+from gorgon.core.draft import Draft
 from gorgon.core.tree import DraftTree
 from gorgon.data.chat import encode_prompt
 from gorgon.data.examples import read_examples
 from gorgon.data.prepare import prepare
+from gorgon.decode.step import DraftBatch, Stepper
 from gorgon.errors import GorgonError
 from gorgon.models.backbone import load_tokenizer
+from gorgon.models.cache import TreeCache
+from gorgon.models.graphs import Graphs
+from tests.parity.support import Recorder
 
 ECHO = """
 import sys, threading, time
@@ -154,3 +161,25 @@ def test_trees_of_the_limits_benchmark(nodes):
     tree = limits.tree_of(nodes)
     assert tree.nodes == nodes and tree.heads <= limits.LONGEST
     assert nodes != 4 or tree == DraftTree.of([(0,), (1,), (0, 0)])
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_step_of_the_limits_benchmark_with_and_without_graphs(captured):
+    backbone, recorder = limits.random_backbone("4M"), Recorder()
+    backbone.graphs = Graphs(recorder) if captured else None
+    step = limits.step_of(backbone, 8)
+    step()
+    step()
+    assert recorder.captured == captured
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_parts_of_a_step_with_and_without_graphs(captured, monkeypatch):
+    monkeypatch.setattr(step_profile, "STEPS", 12)
+    backbone, recorder = limits.random_backbone("4M"), Recorder()
+    backbone.graphs = Graphs(recorder) if captured else None
+    stepper, cache = Stepper(backbone, None, 0, None), TreeCache(4, 1, 64)
+    stepper.prompt(cache, [5, 6, 7], 0)
+    batch = DraftBatch.of([Draft([7])], backbone.device, 4)
+    parts = step_profile._parts(stepper, stepper, cache, batch, torch.tensor([3]), 7)
+    assert parts[0] > 0 and len(parts) == 3 and recorder.captured == 3 * captured

@@ -53,7 +53,7 @@ def compare(config: CompareConfig, out: Path, *, force: bool = False) -> StepRes
             heads = read_document(tree_file.with_name("heads.json"), "evaluations", "train-heads")
         with run.timed("load"):
             contestants = Contestants.load(
-                tree_file.parent, dtype=config.dtype, steps=config.steps,
+                tree_file.parent, dtype=config.dtype, quantization=config.quantization, steps=config.steps,
                 extra={size: best_tree(tuned, size) for size in config.extra_nodes},
             )  # fmt: skip
             backbone = contestants.engine.backbone

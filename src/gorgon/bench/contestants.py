@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gorgon.bench.decoders import MEDUSA, PLAIN, Answer, Decoder, EngineDecoder, TransformersDecoder
-from gorgon.config import Dtype, StepMode
+from gorgon.config import Dtype, Quantization, StepMode
 from gorgon.core.draft import Draft
 from gorgon.core.tree import DraftTree
 from gorgon.decode.drafts import Drafter
@@ -28,16 +28,18 @@ class Contestants:
     decoders: list[Decoder]
 
     @staticmethod
-    def load(model: Path, *, dtype: Dtype, steps: StepMode, extra: Mapping[int, DraftTree]) -> Contestants:
+    def load(
+        model: Path, *, dtype: Dtype, quantization: Quantization, steps: StepMode, extra: Mapping[int, DraftTree]
+    ) -> Contestants:
         """Loads the model directory and names its decoders; `extra` is size -> tree, named 'tree_SIZE'.
 
         On a CPU `transformers.generate` gets weights of its own: our engine lays them out for itself, and a
         comparison must not slow down the other side. On a GPU nothing is changed, so memory is shared.
         """
-        engine = load_engine(model, dtype=dtype, steps=steps)
+        engine = load_engine(model, dtype=dtype, quantization=quantization, steps=steps)
         theirs = engine.backbone
         if theirs.device.type == "cpu":
-            theirs = load_backbone(base_model(model), dtype=dtype)
+            theirs = load_backbone(base_model(model), dtype=dtype, quantization=quantization)
         decoders: list[Decoder] = [
             EngineDecoder(PLAIN, engine.plain()),
             EngineDecoder(MEDUSA, engine),
@@ -62,6 +64,7 @@ class Contestants:
             "heads": 0 if heads is None else len(heads),
             "head_parameters": 0 if heads is None else sum(p.numel() for p in heads.parameters()),
             "dtype": str(backbone.dtype).removeprefix("torch."),
+            "quantization": backbone.quantization,
             "device": torch.cuda.get_device_name(backbone.device) if gpu else backbone.device.type,
             "threads": torch.get_num_threads(),
             "steps": backbone.steps,

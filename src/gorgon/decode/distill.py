@@ -33,7 +33,7 @@ def distill(config: DistillConfig, out: Path, *, force: bool = False) -> StepRes
 
 
 def _body(config: DistillConfig, files: dict[str, Path], run: StepRun) -> None:
-    backbone = load_backbone(config.model, dtype=config.dtype)
+    backbone = load_backbone(config.model, dtype=config.dtype, quantization=config.quantization)
     backbone.run_steps("eager")
     for split, limit in zip(SPLITS, (config.rows, config.validation_rows), strict=True):
         examples = read_examples(files[split])[:limit]

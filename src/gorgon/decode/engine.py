@@ -82,8 +82,8 @@ class Engine:
 
     @property
     def fixed_shapes(self) -> bool:
-        """Whether drafts are filled up to the drafter's size: on a GPU, where steps are captured by shape."""
-        return self.backbone.device.type == "cuda"
+        """Whether drafts are filled up to the drafter's size: where steps are captured by shape."""
+        return self.backbone.graphs is not None
 
     def drafter(self, batch: int) -> Drafter:
         """What to draft when this many sequences are decoded together: the next larger batch's entry, or the last."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gorgon.artifacts import machine
-from gorgon.config import Dtype, StepMode
+from gorgon.config import Dtype, Quantization, StepMode
 from gorgon.core.phrasebook import Phrasebook
 from gorgon.decode.candidates import drafter_of
 from gorgon.decode.drafts import Drafter
@@ -25,17 +25,18 @@ def load_engine(
     model: str | Path,
     *,
     dtype: Dtype = "auto",
+    quantization: Quantization = "none",
     drafters: Drafter | Mapping[int, Drafter] | None = None,
     steps: StepMode = "eager",
 ) -> Engine:
     """Loads a model directory: backbone, heads, and its tuned drafters unless others are given.
 
-    Drafters tuned elsewhere are used, with a warning: outputs are the same, but another machine, device or dtype has
-    other step times, so another drafter may be faster.
+    Drafters tuned elsewhere are used, with a warning: outputs are the same, but another machine, device, dtype or
+    quantization has other step times, so another drafter may be faster.
     Args: steps: how steps are run; all but 'eager' spend seconds at the first steps to make later ones faster.
-    Raises: ModelError for an incomplete directory, tensors that do not fit, or no tuned tree.
+    Raises: ModelError for an incomplete directory, tensors that do not fit, or no tuned tree; as `load_backbone`.
     """
-    backbone = load_backbone(base_model(model), dtype=dtype)
+    backbone = load_backbone(base_model(model), dtype=dtype, quantization=quantization)
     engine = engine_on(backbone, model, drafters)
     backbone.run_steps(steps)
     return engine
@@ -83,11 +84,14 @@ def _vocabulary(document: Mapping[str, Any], backbone: Backbone) -> torch.Tensor
 
 
 def _warn_elsewhere(document: Mapping[str, Any], backbone: Backbone) -> None:
-    here: dict[str, Any] = {"dtype": str(backbone.dtype).removeprefix("torch.")}
+    here: dict[str, Any] = {
+        "dtype": str(backbone.dtype).removeprefix("torch."), "quantization": backbone.quantization
+    }  # fmt: skip
     if backbone.device.type == "cuda":
         here["device"] = torch.cuda.get_device_name(backbone.device)
     else:
         here |= {"device": str(machine()["cpu"]), "threads": torch.get_num_threads()}
-    other = [f"{key} {document.get(key)}, here {value}" for key, value in here.items() if document.get(key) != value]
+    there = {"quantization": "none", **document}  # files from before there was a choice do not say
+    other = [f"{key} {there.get(key)}, here {value}" for key, value in here.items() if there.get(key) != value]
     if other:
         say(f"warning: the tree was tuned with {'; '.join(other)}: `gorgon tune` may find a faster one here")

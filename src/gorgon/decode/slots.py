@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -230,9 +231,8 @@ class Slots:
         lengths = [r.length for r in batch]
         lengths_B = torch.tensor(lengths, device=device)
         visible = engine.visible(max(lengths) + tensors.nodes, self._cache.capacity)
-        hidden_BNH = stepper.forward(self._cache, tensors, lengths_B, visible)
-        choices = self._choices(batch, drafts, hidden_BNH)
-        settled = stepper.settle(self._cache, tensors, lengths_B, hidden_BNH, choices)
+        choose = None if self._all_greedy(batch) else partial(self._choices, batch, drafts)
+        hidden_BNH, settled = stepper.step(self._cache, tensors, lengths_B, visible, choose)
         for b, (running, decided) in enumerate(zip(batch, settled, strict=True)):
             if running.error is None:
                 self._take(running, decided, drafts[b], hidden_BNH[b])
@@ -256,6 +256,10 @@ class Slots:
             hint="try another --set dtype=..., and check that the checkpoint is complete",
         )  # fmt: skip
 
+    @staticmethod
+    def _all_greedy(batch: Sequence[Running]) -> bool:
+        return all(r.takes_argmax for r in batch)
+
     def _choices(
         self, batch: Sequence[Running], drafts: Sequence[Draft], hidden_BNH: torch.Tensor
     ) -> torch.Tensor | None:
@@ -263,7 +267,7 @@ class Slots:
 
         An error, such as a distribution with nothing left in it, belongs to its own request.
         """
-        if all(r.takes_argmax for r in batch):
+        if self._all_greedy(batch):
             return None
         with torch.inference_mode():
             logits_BNV = self.engine.backbone.logits(hidden_BNH)

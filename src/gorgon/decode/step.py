@@ -8,7 +8,7 @@ Shapes: B sequences, N nodes, P nodes of the longest path, K heads, R choices pe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,9 @@ from gorgon.core.draft import Draft
 from gorgon.core.heads import PackedHeads
 from gorgon.models.backbone import Backbone
 from gorgon.models.cache import TreeCache
+from gorgon.models.graphs import Captured, Outputs
+
+Choose = Callable[[Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class DraftBatch:
 
     @staticmethod
     def of(drafts: Sequence[Draft], device: torch.device, nodes: int | None = None) -> DraftBatch:
-        """Args: nodes: fill up to this many, where the shape must not change from step to step."""
+        """Args: nodes: fill up to this many, and call none deeper, where shapes must not change from step to step."""
         size = max(d.nodes for d in drafts) if nodes is None else nodes
         if len(drafts) == 1:
             flat_4BN = torch.tensor(drafts[0].flat(size)).view(4, 1, size)
@@ -71,7 +74,7 @@ class DraftBatch:
             flat_4BN = (
                 torch.tensor([d.flat(size) for d in drafts]).view(len(drafts), 4, size).transpose(0, 1).contiguous()
             )
-        longest = max(max(d.depths) for d in drafts) + 1
+        longest = size if nodes is not None else max(max(d.depths) for d in drafts) + 1
         return DraftBatch(flat_4BN.to(device, non_blocking=True), longest)
 
 
@@ -116,6 +119,62 @@ class Stepper:
             cache, batch.flat_4BN, lengths_B, hidden_BNH, choices_BN, batch.longest,
         )  # fmt: skip
         return [self._decided(row, batch.longest) for row in packed.tolist()]
+
+    @torch.inference_mode()
+    def step(
+        self, cache: TreeCache, batch: DraftBatch, lengths_B: Tensor, visible: int, choose: Choose | None = None
+    ) -> tuple[Tensor, list[Decided]]:
+        """A whole step; returns the nodes' hidden states [B, N, H] as well, which hold until the next step.
+
+        Args: choose: makes `choices_BN` of the hidden states; None takes the argmax, and then the step is one piece.
+        """
+        captured = self._captured(cache, batch, lengths_B, visible, choose is not None)
+        if captured is None:
+            hidden_BNH = self.forward(cache, batch, lengths_B, visible)
+            choices_BN = None if choose is None else choose(hidden_BNH)
+            return hidden_BNH, self.settle(cache, batch, lengths_B, hidden_BNH, choices_BN)
+        assert self.backbone.graphs is not None
+        captured.put(batch.flat_4BN, lengths_B)
+        if choose is None:
+            hidden_BNH, packed = captured.run(0)
+        else:
+            (hidden_BNH,) = captured.run(0)
+            choices_BN = choose(hidden_BNH)
+            assert choices_BN is not None
+            captured.put(choices_BN, at=2)
+            (packed,) = captured.run(1)
+        rows = self.backbone.graphs.recorder.fetch(packed)
+        return hidden_BNH, [self._decided(row, batch.longest) for row in rows]
+
+    def _captured(
+        self, cache: TreeCache, batch: DraftBatch, lengths_B: Tensor, visible: int, sampled: bool
+    ) -> Captured | None:
+        """This shape's graph or graphs; None where steps are not captured."""
+        graphs = self.backbone.graphs
+        if graphs is None or not cache.keys:  # buffers that come to be during a capture would belong to its pool
+            return None
+        backbone, longest = self.backbone, batch.longest
+
+        def forward(inputs: Sequence[Tensor], _: Sequence[Outputs]) -> Outputs:
+            return (_forward(backbone, cache, inputs[0], inputs[1], visible),)
+
+        def settle(inputs: Sequence[Tensor], before: Sequence[Outputs]) -> Outputs:
+            (hidden_BNH,), choices_BN = before[0], inputs[2] if sampled else None
+            return (
+                _settle(
+                    backbone, self._heads, self._width, self._vocabulary_U,
+                    cache, inputs[0], inputs[1], hidden_BNH, choices_BN, longest,
+                ),
+            )  # fmt: skip
+
+        def whole(inputs: Sequence[Tensor], before: Sequence[Outputs]) -> Outputs:
+            hidden = forward(inputs, before)
+            return (*hidden, *settle(inputs, [hidden]))
+
+        inputs = [batch.flat_4BN, lengths_B]
+        inputs += [torch.zeros_like(batch.flat_4BN[0])] if sampled else []
+        key = (self, sampled, len(lengths_B), batch.nodes, longest, visible)
+        return graphs.of(cache, key, inputs, (forward, settle) if sampled else (whole,))
 
     @torch.inference_mode()
     def prompt(self, cache: TreeCache, tokens: Sequence[int], start: int) -> Tensor:

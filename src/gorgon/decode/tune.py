@@ -59,7 +59,7 @@ def tune(config: TuneConfig, out: Path, *, force: bool = False) -> StepResult:
 
 def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
     with run.timed("load"):
-        engine = load_engine(model, dtype=config.dtype, drafters=PLAIN, steps="eager")
+        engine = load_engine(model, dtype=config.dtype, quantization=config.quantization, drafters=PLAIN, steps="eager")
         threads = measure_threads(engine.backbone)
         if threads:
             set_threads(min(threads, key=threads.__getitem__))
@@ -113,6 +113,7 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
             "machine": machine(),
             "device": _device_name(engine),
             "dtype": str(engine.backbone.dtype).removeprefix("torch."),
+            "quantization": engine.backbone.quantization,
             "threads": torch.get_num_threads(),
             "thread_ms": {str(count): round(ms, 4) for count, ms in threads.items()},
             "steps": engine.backbone.steps,

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gorgon.config import EMBEDDED, Dtype, StepMode
+from gorgon.config import EMBEDDED, Dtype, Quantization, StepMode
 from gorgon.core.accept import ancestors
 from gorgon.errors import ModelError
 from gorgon.models.cache import TreeCache
 from gorgon.models.compiler import TensorFunction, pick_mode, step_function
 from gorgon.models.families import attention_of, refuse_mismatch, refuse_other_results, refuse_unsupported
+from gorgon.models.graphs import CudaRecorder, Graphs
 from gorgon.models.linear import lay_out_linear_weights
 from gorgon.models.masks import additive, prompt_visibility, tree_visibility
+from gorgon.models.quantize import quantizer
 
 EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,6 +96,8 @@ class Backbone:
     device: torch.device
     dtype: torch.dtype
     steps: StepMode = "eager"
+    quantization: Quantization = "none"
+    graphs: Graphs | None = None
     _functions: dict[TensorFunction, TensorFunction] = field(default_factory=dict)
 
     @property
@@ -217,9 +221,10 @@ class Backbone:
     def run_steps(self, mode: StepMode) -> None:
         """From now on step functions run in this mode; their tokens stay the same.
 
-        Raises: MissingDependencyError when compiling is asked for and no compiler is there.
+        Raises: MissingDependencyError when compiling is asked for and no compiler is there, or capturing without CUDA.
         """
         self.steps, self._functions = pick_mode(mode, self.parameters, self.device), {}
+        self.graphs = Graphs(CudaRecorder(self.device)) if self.steps == "captured" else None
         if self.steps != "compiled":  # the compiler packs weights itself
             lay_out_linear_weights(self.model)
 
@@ -251,12 +256,15 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def load_backbone(name: str | Path, *, dtype: Dtype = "auto", device: str = "auto") -> Backbone:
+def load_backbone(
+    name: str | Path, *, dtype: Dtype = "auto", device: str = "auto", quantization: Quantization = "none"
+) -> Backbone:
     """Loads a causal LM and its tokenizer, in evaluation mode, with gradients off.
 
     Args: name: directory, hub id, or 'embedded'.
     Raises: ModelError when it cannot be loaded, is not a decoder whose attention our masks can express, has missing or
-        surplus tensors, or gives other results through a tree than through its own forward.
+        surplus tensors, or gives other results through a tree than through its own forward; what `quantizer`
+        raises.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -267,6 +275,7 @@ def load_backbone(name: str | Path, *, dtype: Dtype = "auto", device: str = "aut
     tokenizer = load_tokenizer(name)
     place = pick_device(device)
     chosen = pick_dtype(dtype, place)
+    quantize = quantizer(quantization, chosen, place)
     with _loading(source):
         config = AutoConfig.from_pretrained(source)
         refuse_unsupported(config, source)
@@ -275,6 +284,7 @@ def load_backbone(name: str | Path, *, dtype: Dtype = "auto", device: str = "aut
         )
     refuse_mismatch(report, source)
     model.to(place).eval().requires_grad_(False)
-    backbone = Backbone(source, model, tokenizer, place, chosen)
+    quantize(model)
+    backbone = Backbone(source, model, tokenizer, place, chosen, quantization=quantization)
     refuse_other_results(backbone)
     return backbone

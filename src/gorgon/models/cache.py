@@ -86,6 +86,11 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
                 to[target, :, :length] = from_[origin, :, :length]
 
     @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the buffers are: what a captured step is bound to."""
+        return tuple(t.data_ptr() for t in (*self.keys, *self.values))
+
+    @property
     def bytes(self) -> int:
         """Memory of the buffers, 0 before the first step."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))

@@ -1,4 +1,4 @@
-"""How a step's functions are run: as they are, recorded, or compiled.
+"""How a step's functions are run: as they are, recorded, or compiled; on a GPU captured (`models.graphs`).
 
 On a small model the walk through transformers' modules in Python, and one kernel launch per operation, are most of a
 step (docs/engine.md). `torch.compile` removes both; its code generator needs a C++ compiler, its recorder needs none.
@@ -41,27 +41,33 @@ def has_cpp_compiler() -> bool:
 def pick_mode(mode: StepMode, parameters: int, device: torch.device) -> StepMode:
     """'auto' compiles small models on a CPU with a C++ compiler, records on other CPUs, and is eager on a GPU.
 
-    Raises: MissingDependencyError when compiling is asked for and no compiler is there.
+    Capturing is to be asked for until `pytest -m gpu` has passed on a GPU: a wrong replay would be wrong silently.
+    Raises: MissingDependencyError when compiling is asked for and no compiler is there, or capturing without CUDA.
     """
     if mode == "auto":
         if device.type != "cpu":
-            return "eager"  # not yet measured there
+            return "eager"
         return "compiled" if has_cpp_compiler() and parameters <= LARGEST_COMPILED else "recorded"
     if mode == "compiled" and not has_cpp_compiler():
         raise MissingDependencyError(
             "compiled steps need a C++ compiler and Python's headers", field="steps", value=mode,
             allowed="auto, eager, recorded", hint="install g++ and python3-dev, or use 'recorded'",
         )  # fmt: skip
+    if mode == "captured" and device.type != "cuda":
+        raise MissingDependencyError(
+            "captured steps need a CUDA GPU", field="steps", value=mode, allowed="auto, eager, recorded, compiled"
+        )
     return mode
 
 
 def step_function(function: TensorFunction, mode: StepMode) -> TensorFunction:
     """The function, run in that mode; sizes of batch, tree and context may change from call to call.
 
+    In 'captured' mode it is the function itself: whole steps are captured where they are made (`decode.step`).
     Args: function: its first argument is the backbone, always the same one.
     Raises (when called): MissingDependencyError when the C++ compiler cannot build what torch generates.
     """
-    if mode == "eager":
+    if mode in ("eager", "captured"):
         return function
     import torch._dynamo.exc  # seconds, so not at the top
     import torch._inductor.exc

@@ -84,6 +84,7 @@ def _tree(directory: Path) -> dict[str, Any] | None:
         "drafters": document["trees"],
         "tuned_on": document.get("device"),
         "dtype": document.get("dtype"),
+        "quantization": document.get("quantization", "none"),
         "threads": document.get("threads"),
         "steps": document.get("steps"),
     }

@@ -53,7 +53,9 @@ def lay_out_linear_weights(model: nn.Module) -> dict[str, Layout]:
     shapes: dict[tuple[int, int], list[tuple[nn.Module, str, nn.Linear]]] = {}
     for parent in model.modules():
         for name, child in parent.named_children():
-            if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype == torch.float32:
+            if type(child) is not nn.Linear or type(child.weight) is not nn.Parameter:  # quantised: a type of its own
+                continue
+            if child.weight.device.type == "cpu" and child.weight.dtype == torch.float32:
                 shapes.setdefault((child.out_features, child.in_features), []).append((parent, name, child))
     chosen: dict[str, Layout] = {}
     for (outputs, inputs), places in shapes.items():

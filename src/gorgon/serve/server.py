@@ -47,8 +47,8 @@ def load(config: ServeConfig) -> Engine:
                 "the model has no tuned heads", field="model", value=config.model,
                 hint="give a directory that `gorgon tune` wrote, or serve without heads: --drafts ngram, --drafts none",
             )  # fmt: skip
-        return load_engine(config.model, dtype=config.dtype, steps=config.steps)
-    backbone = load_backbone(config.model, dtype=config.dtype)
+        return load_engine(config.model, dtype=config.dtype, quantization=config.quantization, steps=config.steps)
+    backbone = load_backbone(config.model, dtype=config.dtype, quantization=config.quantization)
     lay_out_linear_weights(backbone.model)
     backbone.run_steps(config.steps)
     return Engine(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gorgon.config import Dtype, StepConfig, StepMode, parse_value
+from gorgon.config import QUANTIZATION_HELP, STEPS_HELP, Dtype, Quantization, StepConfig, StepMode, parse_value
 from gorgon.errors import GorgonError
 
 MODEL_DIRECTORY = Path("/opt/ml/model")
@@ -36,9 +36,8 @@ class ServeConfig(StepConfig):
     max_body_bytes: int = Field(6_291_456, ge=1024, description="Largest request body; SageMaker's own limit.")
     drafts: Drafts = Field("tuned", description="What is drafted: the tuned trees, copies from the context, nothing.")
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
-    steps: StepMode = Field(
-        "auto", description="How steps run: compiled where a C++ compiler is, else recorded; eager."
-    )
+    quantization: Quantization = Field("none", description=QUANTIZATION_HELP)
+    steps: StepMode = Field("auto", description=STEPS_HELP)
     warmup: bool = Field(True, description="Decode at every batch size before the first request is taken.")
     playground: bool = Field(True, description="Serve the page at / and its race; it has a slot of its own.")
 

@@ -113,7 +113,7 @@ def train_heads(config: TrainHeadsConfig, out: str | Path, *, force: bool = Fals
 
 def _train(run: StepRun, config: TrainHeadsConfig, files: dict[str, Path]) -> None:
     with run.timed("load"):
-        backbone = load_backbone(config.model, dtype=config.dtype)
+        backbone = load_backbone(config.model, dtype=config.dtype, quantization=config.quantization)
     features = {}
     for split, file in files.items():
         with run.timed("features"):

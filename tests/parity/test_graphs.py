@@ -1,0 +1,252 @@
+"""Captured steps: the same tokens, whichever shapes come and go. Without a GPU a recorder stands in that runs a step
+again on the static tensors; the tests marked `gpu` capture and replay CUDA graphs.
+"""
+
+import gc
+
+import pytest
+import torch
+
+from gorgon.core.acceptance import AcceptanceCounts
+from gorgon.core.heads import MedusaHeads
+from gorgon.core.sampling import Sampling
+from gorgon.data.chat import encode_prompt
+from gorgon.data.sample import generate_rows
+from gorgon.decode.drafts import StaticDrafter
+from gorgon.decode.dynamic import DynamicDrafter
+from gorgon.decode.engine import PLAIN, Engine
+from gorgon.decode.ngrams import NgramIndex
+from gorgon.decode.request import Request
+from gorgon.errors import MissingDependencyError
+from gorgon.models.backbone import load_backbone
+from gorgon.models.compiler import pick_mode
+from gorgon.models.graphs import Graphs
+from tests.parity.support import TREES, Recorder
+
+gpu = pytest.mark.gpu
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: CUDA graphs are not run")
+SAMPLED = Sampling(temperature=3.0, seed=3)
+
+
+class Failing(Recorder):
+    """Cannot hold the second function."""
+
+    def capture(self, function):
+        if self.captured:
+            function()
+            raise RuntimeError("called a synchronizing CUDA operation\nmore of the message")
+        return super().capture(function)
+
+
+class Forgetful(Recorder):
+    """Holds outputs and nothing else, as a CUDA graph does."""
+
+    def capture(self, function):
+        made = super().capture(function)
+        made.replay()
+        made._function, made.replay = None, lambda: None
+        return made
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """The embedded backbone with heads that are right now and then."""
+    backbone = load_backbone("embedded", dtype="float32", device="cpu")
+    return with_heads(backbone)
+
+
+def with_heads(backbone):
+    heads = MedusaHeads(3, 1, backbone.hidden_size, backbone.vocab_size)
+    heads.start_from(backbone.lm_head.weight.float().cpu())
+    torch.manual_seed(0)
+    for head in heads:
+        torch.nn.init.normal_(head[0].linear.weight, std=0.02)
+    return Engine(backbone, heads.requires_grad_(False).to(backbone.device, backbone.dtype), PLAIN)
+
+
+@pytest.fixture(scope="module")
+def asked(eager):
+    chats = [
+        [{"role": "system", "content": r["context"]}, {"role": "user", "content": r["question"]}]
+        for r in generate_rows(3, 5)
+    ]
+    return [encode_prompt(eager.backbone.tokenizer, chat) for chat in chats]
+
+
+def captured(engine, recorder=None, most=64):
+    """The engine on a backbone object of its own, same weights, whose steps are captured."""
+    old = engine.backbone
+    backbone = type(old)(old.name, old.model, old.tokenizer, old.device, old.dtype, "captured")
+    backbone.graphs = Graphs(recorder or Recorder(), most)
+    return Engine(backbone, engine.heads, PLAIN)
+
+
+def drafters():
+    rates = AcceptanceCounts(3, NgramIndex([]).longest).rates()
+    return {
+        "plain": PLAIN,
+        "static": StaticDrafter(TREES["bushy + ngram"]),
+        "dynamic": DynamicDrafter(rates, nodes=10, threshold=1e-4, width=4),
+    }
+
+
+def answers(engine, drafter, asked, together, sampling=()):
+    """Tokens and accepted nodes of requests decoded together, each with its own sampling."""
+    slots = engine.with_drafter(drafter).slots(together, 512)
+    waiting, runs = list(zip(asked, [*sampling, *[Sampling()] * len(asked)], strict=False)), []
+    while waiting or slots.running:
+        if waiting and slots.free:
+            prompt, how = waiting.pop(0)
+            runs.append(slots.admit(Request(prompt, 24, sampling=how, logprobs=2), stream=len(runs)))
+            slots.read_prompt()
+        slots.step()
+    assert all(r.error is None for r in runs)
+    return [
+        (r.generation.token_ids, r.generation.step_nodes, [p.likeliest[0][0] for p in r.generation.logprobs])
+        for r in runs
+    ]
+
+
+@pytest.mark.parametrize("kind", drafters())
+@pytest.mark.parametrize("together", [1, 3])
+def test_whole_answers_are_the_same(eager, asked, kind, together):
+    recorder, drafter = Recorder(), drafters()[kind]
+    engine = captured(eager, recorder)
+    assert answers(engine, drafter, asked, together) == answers(eager, drafter, asked, together)
+    steps = sum(len(nodes) for _, nodes, _ in answers(eager, drafter, asked, together))
+    assert 0 < recorder.captured <= 2 * together < steps, "one graph for each batch size and 256 rows of context"
+
+
+@pytest.mark.parametrize("kind", drafters())
+@pytest.mark.parametrize("together", [1, 3])
+def test_sampled_answers_alone_and_beside_greedy_ones(eager, asked, kind, together):
+    drafter, sampling = drafters()[kind], [SAMPLED, Sampling(), SAMPLED]
+    found = answers(captured(eager), drafter, asked, together, sampling)
+    assert found == answers(eager, drafter, asked, together, sampling)
+    assert found[0][0] != answers(eager, drafter, asked, together)[0][0], "or nothing was sampled"
+
+
+def test_a_growing_context_takes_the_next_graph(eager, asked):
+    """The answer passes 256 rows, where a graph that reads fewer would miss the newest."""
+    prompt = (asked[0] * 5)[: 256 - 20]
+    recorder = Recorder()
+    expected = eager.answer(prompt, max_new_tokens=40).token_ids
+    assert captured(eager, recorder).answer(prompt, max_new_tokens=40).token_ids == expected
+    assert recorder.captured == 2 or len(expected) < 25
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_the_shape_used_longest_ago_goes_first(eager, asked, most):
+    recorder, drafter = Recorder(), drafters()["static"]
+    engine = captured(eager, recorder, most)
+    sampling = [SAMPLED, Sampling(), Sampling()]
+    assert answers(engine, drafter, asked, 3, sampling) == answers(eager, drafter, asked, 3, sampling)
+    assert 0 < len(engine.backbone.graphs) <= most < recorder.captured
+
+
+def test_a_shape_is_captured_once(eager, asked):
+    recorder = Recorder()
+    engine = captured(eager, recorder).with_drafter(drafters()["dynamic"])
+    slots = engine.slots(1, 512)
+    counts = []
+    for _ in range(2):
+        slots.admit(Request(asked[0], 12, ignore_end=True))
+        slots.read_prompt()
+        while slots.running:
+            slots.step()
+        counts.append(recorder.captured)
+    assert counts[0] == counts[1] == 1
+
+
+def test_new_buffers_are_captured_anew(eager, asked):
+    recorder = Recorder()
+    engine = captured(eager, recorder)
+    expected = eager.answer(asked[0], max_new_tokens=12).token_ids
+    slots = engine.slots(1, 512)
+    running = slots.admit(Request(asked[0], 12))
+    slots.read_prompt()
+    slots.step()
+    cache = slots._cache
+    cache.keys, cache.values = [t.clone() for t in cache.keys], [t.clone() for t in cache.values]
+    while slots.running:
+        slots.step()
+    assert recorder.captured == 2 and running.generation.token_ids == expected
+
+
+def test_other_heads_on_the_same_cache_are_captured_anew(eager, asked):
+    """Their graph holds the addresses of their weights; tokens would be right all the same, but not what is drafted."""
+    other = MedusaHeads(3, 1, eager.backbone.hidden_size, eager.backbone.vocab_size).requires_grad_(False)
+    drafter = drafters()["static"]
+
+    def both(engine):
+        slots, found = engine.with_drafter(drafter).slots(1, 512), []
+        for heads in (engine.heads, other):
+            slots.use(Engine(engine.backbone, heads, drafter))
+            running = slots.admit(Request(asked[0], 24))
+            slots.read_prompt()
+            drafts = []
+            while slots.running:
+                slots.step()
+                drafts.append(running.draft.tokens)
+            found.append((running.generation.token_ids, drafts))
+        return found
+
+    first, second = both(captured(eager))
+    assert [first, second] == both(eager) and first[0] == second[0] and first[1] != second[1]
+
+
+def test_a_cache_that_is_gone_takes_its_graphs_with_it(eager, asked):
+    engine = captured(eager, Forgetful())
+    slots = engine.slots(1, 512)
+    slots.admit(Request(asked[0], 2))
+    slots.read_prompt()
+    slots.step()
+    assert len(engine.backbone.graphs) == 1
+    del slots
+    gc.collect()
+    assert len(engine.backbone.graphs) == 0
+
+
+def test_steps_that_cannot_be_captured_run_one_by_one_and_say_so_once(eager, asked, capsys):
+    recorder, drafter = Failing(), drafters()["static"]
+    engine = captured(eager, recorder)
+    sampling = [Sampling(), SAMPLED, Sampling()]
+    assert answers(engine, drafter, asked, 2, sampling) == answers(eager, drafter, asked, 2, sampling)
+    said = capsys.readouterr().err
+    assert said.count("cannot be captured") == 1 and "synchronizing CUDA operation\n" in said
+    assert recorder.captured == 1 and len(engine.backbone.graphs) == 0 and engine.backbone.graphs.failed
+
+
+def test_the_mode_is_for_gpus():
+    assert pick_mode("captured", 1, torch.device("cuda")) == "captured"
+    assert pick_mode("auto", 1, torch.device("cuda")) == "eager"
+    assert pick_mode("auto", 1 << 40, torch.device("cpu")) == "recorded"
+    with pytest.raises(MissingDependencyError, match="CUDA") as error:
+        pick_mode("captured", 1, torch.device("cpu"))
+    assert error.value.exit_code == 2 and error.value.field == "steps"
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize("kind", drafters())
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("sampling", [(), (SAMPLED, Sampling(), SAMPLED)], ids=["greedy", "sampled"])
+def test_cuda_graphs_write_the_tokens_of_eager_steps(asked, kind, together, sampling):
+    one_by_one = with_heads(load_backbone("embedded", dtype="float32", device="cuda"))
+    graphs = captured(one_by_one)
+    graphs.backbone.run_steps("captured")
+    for _ in range(2):  # captured, then replayed alone
+        found = answers(graphs, drafters()[kind], asked, together, sampling)
+        assert found == answers(one_by_one, drafters()[kind], asked, together, sampling)
+    assert not graphs.backbone.graphs.failed and len(graphs.backbone.graphs) > 0
+
+
+@gpu
+@needs_cuda
+def test_cuda_graphs_in_the_dtype_of_a_gpu(asked):
+    """bfloat16 rounds by shape: most tokens are the same, and nothing breaks over a long answer."""
+    graphs = with_heads(load_backbone("embedded", dtype="bfloat16", device="cuda"))
+    graphs.backbone.run_steps("auto")
+    assert graphs.backbone.steps == "captured"
+    found = graphs.with_drafter(drafters()["dynamic"]).generate(asked, max_new_tokens=300, together=3)
+    assert all(len(g.token_ids) > 1 for g in found) and not graphs.backbone.graphs.failed
