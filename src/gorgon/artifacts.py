@@ -77,6 +77,7 @@ def run_step(
     body: Callable[[StepRun], None],
     *,
     force: bool = False,
+    processes: int = 1,
 ) -> StepResult:
     """Runs `body` in `OUT.partial` and moves the result to `out`, or reuses what is there.
 
@@ -87,11 +88,14 @@ def run_step(
         out: the output directory.
         body: writes its files into `run.directory`; it finds its own checkpoints in `run.checkpoints`.
         force: run even when a finished output with the same fingerprint exists.
+        processes: how many share the work; the result depends on it as on a setting, for the batch grows with it.
     Raises: StorageError when `out` holds files that no step wrote, cannot be written or the disk is full; what the
         body raises. After an error nothing half-written is left, except checkpoints for resuming.
     """
     digests = {name: digest_input(value) for name, value in inputs.items() if value is not None}
     settings = config.model_dump(mode="json", exclude=set(digests))  # an input's contents count, not where it lies
+    if processes > 1:
+        settings["processes"] = processes
     fingerprint = _sha256_text(json.dumps([step, settings, digests], sort_keys=True))
     done = read_manifest(out) if (out / MANIFEST).is_file() else None
     if done is not None and done.get("fingerprint") == fingerprint and not force:

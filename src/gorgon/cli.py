@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gorgon import ranks
 from gorgon.bench.commands import register as register_bench
 from gorgon.cloud.commands import register as register_cloud
 from gorgon.config import STEPS, ExportConfig, ImportConfig, StepConfig, build, nearest, parse_value
@@ -49,6 +50,8 @@ def _step_command(step: str, kind: type[StepConfig]) -> Callable[..., None]:
         values = {name: _typed(kind, name, text) for name, text in given.items() if text is not None}
         with graceful():
             result = run_one(build(kind, values, step=step), out, force=force)
+        if not ranks.this().first:
+            return
         if as_json:
             _print_json({"directory": str(result.directory), "reused": result.reused, **result.manifest})
         else:
@@ -87,9 +90,18 @@ for _step, _kind in STEPS.items():
 def step_(
     name: Annotated[str, typer.Argument(help="The step to run, such as train-heads.")],
     base_dir: Annotated[Path, typer.Option(help="A directory laid out like SageMaker's /opt/ml.")] = Path("/opt/ml"),
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes for finetune and train-heads [one per GPU of the instance].")
+    ] = None,
 ) -> None:
     """Runs a step as a job: inputs, checkpoints and results where a SageMaker container has them."""
-    from gorgon.cloud.container import run_in_container
+    from gorgon.cloud.container import process_count, run_in_container, run_in_processes
+
+    count = process_count(name, base_dir, processes)
+    if count > 1:
+        from gorgon.train.launch import run_processes
+
+        raise SystemExit(run_in_processes(name, base_dir, count, run_processes))
     from gorgon.pipeline import run_one
 
     run_in_container(name, base_dir, run_one)
@@ -309,7 +321,12 @@ register_cloud(app, _recipe, _export)
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def _version(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if context.invoked_subcommand not in (None, "step"):  # a job's step says so in output/failure
+        ranks.refuse_several(str(context.invoked_subcommand))
     if version:
         from importlib.metadata import version as installed
 
@@ -322,9 +339,10 @@ def main() -> None:
     try:
         app()
     except GorgonError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"\nhint: {error.hint}", file=sys.stderr)
+        if ranks.tells(error):
+            print(f"error: {error}", file=sys.stderr)
+            if error.hint:
+                print(f"\nhint: {error.hint}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -22,6 +22,8 @@ class GorgonError(Exception):
     """
 
     exit_code = 2
+    process: int | None = None
+    """Rank of the process in which it happened first, when several work together (`train/processes.py`)."""
 
     def __init__(
         self,
@@ -99,6 +101,17 @@ class StorageError(GorgonError):
 
 class MissingDependencyError(GorgonError):
     """An optional package or a device that a setting asks for is not there."""
+
+
+class PeerError(GorgonError):
+    """Another of several processes that work together failed, or is gone.
+
+    Args: exit_code: the other's, so that all of them end alike.
+    """
+
+    def __init__(self, problem: str, *, hint: str | None = None, exit_code: int = 2) -> None:
+        super().__init__(problem, hint=hint)
+        self.exit_code = exit_code
 
 
 class CloudError(GorgonError):
