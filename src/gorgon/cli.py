@@ -33,6 +33,9 @@ app = typer.Typer(
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 ForceFlag = Annotated[bool, typer.Option("--force", help="Run even if nothing has changed since the last run.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Directory to write.")]
+ProcessesOption = Annotated[
+    int, typer.Option("--processes", min=1, help="Start so many processes, one per GPU, each with a batch of its own.")
+]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="STEP.KEY=VALUE", help="Change a setting; repeatable.")]
 
 
@@ -43,13 +46,20 @@ def _print_json(document: object) -> None:
 def _step_command(step: str, kind: type[StepConfig]) -> Callable[..., None]:
     """A command with one option per setting of the step."""
 
-    def command(out: Path, force: bool, as_json: bool, **given: str | None) -> None:
+    def command(out: Path, force: bool, as_json: bool, processes: int = 1, **given: str | None) -> None:
+        values = {name: _typed(kind, name, text) for name, text in given.items() if text is not None}
+        config = build(kind, values, step=step)
+        if processes > 1 and ranks.this().count == 1:
+            from gorgon.train.launch import run_processes
+
+            options = [part for name, text in given.items() if text is not None for part in (_option(name), text)]
+            options += ["--force"] * force + ["--json"] * as_json
+            raise SystemExit(run_processes([step, "--out", str(out), *options], processes))
         from gorgon.interrupts import graceful
         from gorgon.pipeline import run_one
 
-        values = {name: _typed(kind, name, text) for name, text in given.items() if text is not None}
         with graceful():
-            result = run_one(build(kind, values, step=step), out, force=force)
+            result = run_one(config, out, force=force)
         if not ranks.this().first:
             return
         if as_json:
@@ -63,16 +73,20 @@ def _step_command(step: str, kind: type[StepConfig]) -> Callable[..., None]:
         inspect.Parameter("force", keyword, default=False, annotation=ForceFlag),
         inspect.Parameter("as_json", keyword, default=False, annotation=JsonFlag),
     ]
+    if step in ranks.TOGETHER:
+        parameters.append(inspect.Parameter("processes", keyword, default=1, annotation=ProcessesOption))
     for name, field in kind.model_fields.items():
         shown = "none" if field.default is None else json.dumps(field.default)
-        option = typer.Option(
-            f"--{name.replace('_', '-')}", metavar="VALUE", show_default=False, help=f"{field.description} [{shown}]"
-        )
+        option = typer.Option(_option(name), metavar="VALUE", show_default=False, help=f"{field.description} [{shown}]")
         parameters.append(inspect.Parameter(name, keyword, default=None, annotation=Annotated[str | None, option]))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = kind.__doc__
     return command
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _typed(kind: type[StepConfig], name: str, text: str) -> Any:

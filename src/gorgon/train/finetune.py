@@ -172,6 +172,8 @@ def build_trainer(
         logging_steps=LOG_STEPS, eval_strategy="no", save_strategy="steps", save_steps=config.save_steps,
         save_total_limit=2, report_to="none", disable_tqdm=True,
         max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+        # only an expert that no token was sent to leaves its adapters without a gradient
+        ddp_find_unused_parameters=any("expert" in name for name in backbone.text_config.to_dict()),
     )  # fmt: skip
     if arguments.n_gpu > 1:  # one process drives one GPU: TRL refuses DataParallel
         arguments._n_gpu = 1
