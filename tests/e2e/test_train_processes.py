@@ -36,6 +36,24 @@ if os.environ.get("RANK") == "1":
 
     before, heads._Loop.step = heads._Loop.step, step
 """
+KILLED = """
+import os
+import signal
+
+from gorgon.errors import PeerError
+from gorgon.train.processes import together
+
+try:
+    with together() as processes:
+        assert processes.share("yes" if processes.first else "no") == "yes"
+        assert not processes.any(False) and processes.any(processes.rank == 1)
+        if processes.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        processes.barrier()
+except PeerError as error:
+    print(f"process {error.process}: {error}")
+    raise SystemExit(error.exit_code)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -79,37 +97,32 @@ def container(folder: Path, project, hyperparameters) -> Layout:
     return layout
 
 
-def test_heads_stopped_and_resumed_are_those_of_one_process_with_the_doubled_batch(project, tmp_path):
-    model, data = project
-    values = {
-        "model": model, "data": data, "heads": 2, "epochs": 80.0, "evaluations": 3, "learning_rate": 0.005,
-        "feature_batch_tokens": 300,
-    }  # fmt: skip
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
-    arguments = ["train-heads", "--out", out, "--processes", 2, *options(values | {"batch_tokens": 30})]
-    process = start(GORGON, *arguments)
-    _, said = stop_when(process, partial / "checkpoints" / "best.safetensors")
-    assert process.returncode == 143, said
-    assert "stopped at step" in said and "the same command resumes" in said
-    assert (partial / "checkpoints" / "heads.pt").is_file() and not out.exists()
-    shared = partial / "checkpoints" / "train"
-    read = [json.loads((shared / f"progress-{rank}.json").read_text())["batches"] for rank in (0, 1)]
-    assert sorted(path.name for path in shared.iterdir()) == ["hidden.bin", "progress-0.json", "progress-1.json"]
+def test_heads_of_a_job_stopped_and_resumed_are_those_of_one_process_with_the_doubled_batch(project, tmp_path):
+    values = {"heads": 2, "epochs": 80.0, "evaluations": 3, "learning_rate": 0.005, "feature_batch_tokens": 300}
+    layout = container(tmp_path / "ml", project, values | {"batch_tokens": 30})
+    partial, out = layout.checkpoints / "train-heads.partial" / "checkpoints", layout.model
+    process = start(GORGON, "step", "train-heads", "--base-dir", layout.base)
+    _, said = stop_when(process, partial / "best.safetensors")
+    assert process.returncode == 0, said
+    assert "2 processes" in said and "stopped at step" in said and not layout.failure.exists()
+    assert (partial / "heads.pt").is_file() and not list(out.iterdir())
+    read = [json.loads((partial / "train" / f"progress-{rank}.json").read_text())["batches"] for rank in (0, 1)]
+    assert sorted(p.name for p in (partial / "train").iterdir()) == ["hidden.bin", "progress-0.json", "progress-1.json"]
     assert min(read) > 1 and abs(read[0] - read[1]) <= 1, "each process read its share of the texts"
 
-    process = start(GORGON, *arguments)
-    printed, said = process.communicate(timeout=100)
+    process = start(GORGON, "step", "train-heads", "--base-dir", layout.base)
+    _, said = process.communicate(timeout=100)
     assert process.returncode == 0, said
-    assert printed.split() == [str(out)] and said.count("resuming at step") == 1, "one process speaks for both"
-    assert not partial.exists()
+    assert said.count("resuming at step") == 1, "one process speaks for both"
     assert len(list((out / "tensorboard").iterdir())) == 2, "one file of curves for each run, not for each process"
+    assert not list(layout.checkpoints.iterdir()) and "checkpoints" not in {p.name for p in out.iterdir()}
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["metrics"]["processes"] == 2 and "checkpoints" not in {p.name for p in out.iterdir()}
+    assert manifest["metrics"]["processes"] == 2 and manifest["argv"][1] == "step"
 
-    alone = TrainHeadsConfig(**(values | {"model": str(model), "data": str(data), "batch_tokens": 60}))
-    train_heads(alone, tmp_path / "alone")
+    model, data = map(str, project)
+    train_heads(TrainHeadsConfig(model=model, data=data, **(values | {"batch_tokens": 60})), tmp_path / "alone")
     same_weights(tmp_path / "alone" / "medusa_lm_head.safetensors", out / "medusa_lm_head.safetensors", 1e-4)
-    wanted, found = (json.loads((tmp_path / n / "heads.json").read_text())["evaluations"] for n in ("alone", "out"))
+    wanted, found = (json.loads((d / "heads.json").read_text())["evaluations"] for d in (tmp_path / "alone", out))
     assert [look["step"] for look in wanted] == [look["step"] for look in found]
     for first, second in zip(wanted, found, strict=True):
         assert second["losses"] == pytest.approx(first["losses"], rel=1e-4)
@@ -160,23 +173,12 @@ def test_an_error_in_one_process_ends_both_and_is_the_one_that_is_told(project, 
     assert {p.name for p in partial.iterdir()} == {"checkpoints", "resume.json"}, "what resumes, and nothing else"
 
 
-def test_a_process_that_is_killed_ends_the_other_and_a_stop_ends_the_job_well(project, tmp_path):
-    layout = container(tmp_path / "ml", project, {"heads": 2, "batch_tokens": 30, "epochs": 500.0})
-    begun = layout.checkpoints / "train-heads.partial" / "checkpoints" / "best.safetensors"
-    process = start(GORGON, "step", "train-heads", "--base-dir", layout.base)
-    while not begun.exists() and process.poll() is None:
-        time.sleep(0.01)
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (second,) = [pid for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-    os.kill(int(second), signal.SIGKILL)
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 137, said
-    assert layout.failure.read_text().startswith("PeerError: another process is gone")
-    assert not list(layout.model.iterdir())
-
-    layout.failure.unlink()
-    begun.unlink()
-    process = start(GORGON, "step", "train-heads", "--base-dir", layout.base)
-    _, said = stop_when(process, begun)
-    assert process.returncode == 0, said
-    assert "the checkpoint is in" in said and not layout.failure.exists()
+def test_a_process_that_is_killed_is_missed_by_the_other(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    process = start([*TORCHRUN[:-2], tmp_path / "killed.py"])
+    printed, said = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert (
+        printed == "process 0: another process is gone and left no word: it crashed, was killed, or ran out of memory\n"
+    )
+    assert "exitcode  : -9" in said, "torchrun names the process that was killed first"
