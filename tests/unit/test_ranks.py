@@ -170,9 +170,21 @@ def test_several_gpus_are_for_steps_that_use_them_all():
     assert min(GPUS.values()) > 1
 
 
-def test_the_number_of_processes_is_part_of_what_a_result_depends_on(tmp_path):
-    def run(processes):
-        return run_step("train-heads", TrainHeadsConfig(), {}, tmp_path / "out", lambda run: None, processes=processes)
+def test_another_number_of_processes_starts_over_but_a_finished_result_is_reused(tmp_path):
+    seen = []
 
-    assert not run(1).reused and run(1).reused
-    assert not run(2).reused and run(2).reused
+    def run(processes, *, stop=True):
+        def body(run):
+            seen.append(len(list(run.checkpoints.iterdir())))
+            (run.checkpoints / "half").touch()
+            if stop:
+                raise Interrupted("stopped")
+
+        return run_step("train-heads", TrainHeadsConfig(), {}, tmp_path / "out", body, processes=processes)
+
+    for processes in (1, 2, 2):
+        with pytest.raises(Interrupted):
+            run(processes)
+    assert not run(2, stop=False).reused
+    assert seen == [0, 0, 1, 1], "a checkpoint of one process is not what two go on from"
+    assert run(1).reused

@@ -58,7 +58,6 @@ def run_in_processes(step: str, base_dir: Path, count: int, run: RunProcesses) -
     say(f"{count} processes, one per GPU")
     code = run(["step", step, "--base-dir", str(base_dir)], count)
     if code == Interrupted.exit_code and not layout.failure.is_file():
-        say(f"stopped; the checkpoint is in {layout.checkpoints}")
         return 0
     if code and not layout.failure.is_file():  # killed before it could write
         error = CloudError(
@@ -86,7 +85,8 @@ def run_in_container(step: str, base_dir: Path, run: RunStep) -> None:
             if ranks.this().first:
                 publish(result, layout)
         except (Interrupted, KeyboardInterrupt) as stop:
-            say(f"stopped: {stop or 'interrupted twice'}; the checkpoint is in {layout.checkpoints}")
+            if ranks.this().first:
+                say(f"stopped: {stop or 'interrupted twice'}; the checkpoint is in {layout.checkpoints}")
         except PeerError as error:
             if error.process is not None:  # nobody else is left to tell
                 write_failure(layout, error)

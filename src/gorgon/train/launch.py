@@ -10,7 +10,8 @@ from types import FrameType
 from gorgon.errors import Interrupted
 
 GRACE_SECONDS = 110
-"""From SIGTERM to SIGKILL: a checkpoint must be written in it. SageMaker gives a container 120 s."""
+"""From SIGTERM to SIGKILL: a checkpoint must be written in it. SageMaker gives a container 120 s. torch before 2.12
+does not read it and kills after 30 s."""
 
 
 def run_processes(arguments: Sequence[str], count: int) -> int:
