@@ -77,6 +77,7 @@ def run_step(
     body: Callable[[StepRun], None],
     *,
     force: bool = False,
+    processes: int = 1,
 ) -> StepResult:
     """Runs `body` in `OUT.partial` and moves the result to `out`, or reuses what is there.
 
@@ -87,6 +88,8 @@ def run_step(
         out: the output directory.
         body: writes its files into `run.directory`; it finds its own checkpoints in `run.checkpoints`.
         force: run even when a finished output with the same fingerprint exists.
+        processes: how many share the work. Another number starts over instead of resuming, for the batch grows with
+            it; a finished output is reused whatever the number, as it is whatever the machine.
     Raises: StorageError when `out` holds files that no step wrote, cannot be written or the disk is full; what the
         body raises. After an error nothing half-written is left, except checkpoints for resuming.
     """
@@ -105,7 +108,7 @@ def run_step(
     partial = out.with_name(out.name + ".partial")
     started, start = datetime.now(UTC), time.perf_counter()
     with storage_errors(out):
-        _open_partial(partial, fingerprint, force=force)
+        _open_partial(partial, {"fingerprint": fingerprint, "processes": processes}, force=force)
     run = StepRun(partial)
     try:
         with storage_errors(out):
@@ -136,11 +139,11 @@ def _keep_only_checkpoints(partial: Path) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _open_partial(partial: Path, fingerprint: str, *, force: bool) -> None:
+def _open_partial(partial: Path, wanted: dict[str, Any], *, force: bool) -> None:
     marker = partial / RESUME
     if partial.exists():
         try:
-            same = json.loads(marker.read_text()).get("fingerprint") == fingerprint and not force
+            same = {"processes": 1, **json.loads(marker.read_text())} == wanted and not force
         except (OSError, ValueError):
             same = False
         if same:
@@ -148,7 +151,7 @@ def _open_partial(partial: Path, fingerprint: str, *, force: bool) -> None:
         if not same:
             shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {"fingerprint": fingerprint})
+    write_json(marker, wanted)
 
 
 def _finish(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gorgon import ranks
 from gorgon.bench.commands import register as register_bench
 from gorgon.cloud.commands import register as register_cloud
 from gorgon.config import (
@@ -42,6 +43,9 @@ app = typer.Typer(
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 ForceFlag = Annotated[bool, typer.Option("--force", help="Run even if nothing has changed since the last run.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Directory to write.")]
+ProcessesOption = Annotated[
+    int, typer.Option("--processes", min=1, help="Start so many processes, one per GPU, each with a batch of its own.")
+]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="STEP.KEY=VALUE", help="Change a setting; repeatable.")]
 
 
@@ -52,13 +56,22 @@ def _print_json(document: object) -> None:
 def _step_command(step: str, kind: type[StepConfig]) -> Callable[..., None]:
     """A command with one option per setting of the step."""
 
-    def command(out: Path, force: bool, as_json: bool, **given: str | None) -> None:
+    def command(out: Path, force: bool, as_json: bool, processes: int = 1, **given: str | None) -> None:
+        values = {name: _typed(kind, name, text) for name, text in given.items() if text is not None}
+        config = build(kind, values, step=step)
+        if processes > 1 and ranks.this().count == 1:
+            from gorgon.train.launch import run_processes
+
+            options = [part for name, text in given.items() if text is not None for part in (_option(name), text)]
+            options += ["--force"] * force + ["--json"] * as_json
+            raise SystemExit(run_processes([step, "--out", str(out), *options], processes))
         from gorgon.interrupts import graceful
         from gorgon.pipeline import run_one
 
-        values = {name: _typed(kind, name, text) for name, text in given.items() if text is not None}
         with graceful():
-            result = run_one(build(kind, values, step=step), out, force=force)
+            result = run_one(config, out, force=force)
+        if not ranks.this().first:
+            return
         if as_json:
             _print_json({"directory": str(result.directory), "reused": result.reused, **result.manifest})
         else:
@@ -70,16 +83,20 @@ def _step_command(step: str, kind: type[StepConfig]) -> Callable[..., None]:
         inspect.Parameter("force", keyword, default=False, annotation=ForceFlag),
         inspect.Parameter("as_json", keyword, default=False, annotation=JsonFlag),
     ]
+    if step in ranks.TOGETHER:
+        parameters.append(inspect.Parameter("processes", keyword, default=1, annotation=ProcessesOption))
     for name, field in kind.model_fields.items():
         shown = "none" if field.default is None else json.dumps(field.default)
-        option = typer.Option(
-            f"--{name.replace('_', '-')}", metavar="VALUE", show_default=False, help=f"{field.description} [{shown}]"
-        )
+        option = typer.Option(_option(name), metavar="VALUE", show_default=False, help=f"{field.description} [{shown}]")
         parameters.append(inspect.Parameter(name, keyword, default=None, annotation=Annotated[str | None, option]))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = kind.__doc__
     return command
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _typed(kind: type[StepConfig], name: str, text: str) -> Any:
@@ -97,9 +114,18 @@ for _step, _kind in STEPS.items():
 def step_(
     name: Annotated[str, typer.Argument(help="The step to run, such as train-heads.")],
     base_dir: Annotated[Path, typer.Option(help="A directory laid out like SageMaker's /opt/ml.")] = Path("/opt/ml"),
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes for finetune and train-heads [one per GPU of the instance].")
+    ] = None,
 ) -> None:
     """Runs a step as a job: inputs, checkpoints and results where a SageMaker container has them."""
-    from gorgon.cloud.container import run_in_container
+    from gorgon.cloud.container import process_count, run_in_container, run_in_processes
+
+    count = process_count(name, base_dir, processes)
+    if count > 1:
+        from gorgon.train.launch import run_processes
+
+        raise SystemExit(run_in_processes(name, base_dir, count, run_processes))
     from gorgon.pipeline import run_one
 
     run_in_container(name, base_dir, run_one)
@@ -332,7 +358,12 @@ register_cloud(app, _recipe, _export, _report)
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def _version(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if context.invoked_subcommand not in (None, "step"):  # a job's step says so in output/failure
+        ranks.refuse_several(str(context.invoked_subcommand))
     if version:
         from importlib.metadata import version as installed
 
@@ -345,9 +376,10 @@ def main() -> None:
     try:
         app()
     except GorgonError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"\nhint: {error.hint}", file=sys.stderr)
+        if ranks.tells(error):
+            print(f"error: {error}", file=sys.stderr)
+            if error.hint:
+                print(f"\nhint: {error.hint}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -117,7 +117,7 @@ class TrainHeadsConfig(StepConfig):
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="Share of the steps spent warming up.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     decay: float = Field(0.8, gt=0, le=1, description="Weight of head k's loss is decay ** k (the paper's lambda_k).")
-    batch_tokens: int = Field(1024, ge=16, description="Answer positions per optimizer step.")
+    batch_tokens: int = Field(1024, ge=16, description="Answer positions per optimizer step and process.")
     gradient_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
     evaluations: int = Field(5, ge=1, description="Held-out evaluations over the run; the best one's heads are kept.")
     checkpoint_seconds: float = Field(120.0, gt=0, description="Seconds between checkpoints.")

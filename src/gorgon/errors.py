@@ -22,6 +22,8 @@ class GorgonError(Exception):
     """
 
     exit_code = 2
+    process: int | None = None
+    """Rank of the process in which it happened first, when several work together (`train/processes.py`)."""
 
     def __init__(
         self,
@@ -111,6 +113,17 @@ class RefusedError(GorgonError):
     def __init__(self, status: int, text: str, *, retry_after_s: float = 0.0, hint: str | None = None) -> None:
         self.status, self.retry_after_s = status, retry_after_s
         super().__init__(f"the server answered {status}: {text[:300]}", field="status", value=status, hint=hint)
+
+
+class PeerError(GorgonError):
+    """Another of several processes that work together failed, or is gone.
+
+    Args: exit_code: the other's, so that all of them end alike.
+    """
+
+    def __init__(self, problem: str, *, hint: str | None = None, exit_code: int = 2) -> None:
+        super().__init__(problem, hint=hint)
+        self.exit_code = exit_code
 
 
 class CloudError(GorgonError):

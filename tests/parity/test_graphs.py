@@ -9,6 +9,7 @@ import torch
 
 from gorgon.core.acceptance import AcceptanceCounts
 from gorgon.core.heads import MedusaHeads
+from gorgon.core.phrasebook import Phrasebook
 from gorgon.core.sampling import Sampling
 from gorgon.data.chat import encode_prompt
 from gorgon.data.sample import generate_rows
@@ -82,11 +83,11 @@ def captured(engine, recorder=None, most=64):
 
 
 def drafters():
-    rates = AcceptanceCounts(3, NgramIndex([]).longest).rates()
+    acceptance = AcceptanceCounts(3, NgramIndex([]).longest).fit()  # of nothing: every candidate is as likely
     return {
         "plain": PLAIN,
         "static": StaticDrafter(TREES["bushy + ngram"]),
-        "dynamic": DynamicDrafter(rates, nodes=10, threshold=1e-4, width=4),
+        "dynamic": DynamicDrafter(acceptance, Phrasebook(), nodes=10, threshold=1e-4, width=4),
     }
 
 

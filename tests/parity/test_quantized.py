@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from gorgon.cli import app
 from gorgon.core.acceptance import AcceptanceCounts
 from gorgon.core.heads import MedusaHeads
+from gorgon.core.phrasebook import Phrasebook
 from gorgon.data.chat import encode_prompt
 from gorgon.data.sample import generate_rows
 from gorgon.decode.drafts import StaticDrafter
@@ -74,8 +75,8 @@ def test_the_tokens_of_transformers_on_the_same_weights(backbone, heads, asked, 
     backbone.run_steps(mode)
     engine = Engine(backbone, heads, PLAIN)
     accepted = 0
-    rates = AcceptanceCounts(len(heads), NgramIndex([]).longest).rates()
-    dynamic = DynamicDrafter(rates, nodes=10, threshold=1e-4, width=4)
+    acceptance = AcceptanceCounts(len(heads), NgramIndex([]).longest).fit()  # of nothing: every candidate is as likely
+    dynamic = DynamicDrafter(acceptance, Phrasebook(), nodes=10, threshold=1e-4, width=4)
     for drafter in (PLAIN, StaticDrafter(TREES["bushy + ngram"]), dynamic):
         found = engine.with_drafter(drafter).generate(asked, max_new_tokens=16, together=together)
         assert [g.token_ids for g in found] == expected

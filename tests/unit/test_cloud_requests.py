@@ -181,8 +181,11 @@ def test_settings_of_the_section_are_checked():
 
 
 def test_several_gpus_are_not_paid_for():
-    with pytest.raises(CloudError, match="uses one GPU and this machine has 4"):
-        request(SageMakerConfig(instance_type="ml.g5.12xlarge"))
+    with pytest.raises(CloudError, match="'tune' uses one GPU and this machine has 4"):
+        request(SageMakerConfig(instance_type="ml.g5.12xlarge"), "tune")
+    sent = request(SageMakerConfig(instance_type="ml.g5.12xlarge"), "train-heads")
+    assert sent["ResourceConfig"]["InstanceType"] == "ml.g5.12xlarge", "this step uses all four"
+    assert sent["AlgorithmSpecification"]["ContainerArguments"][:3] == ["gorgon", "step", "train-heads"]
     with pytest.raises(CloudError, match="has 8"):
         endpoint_spec("a", "s3://b/m", EndpointConfig(instance_type="ml.p4d.24xlarge"), "eu-west-1")
 

@@ -49,6 +49,23 @@ def test_labels_equal_a_loop_over_texts(texts: list[list[int]], heads: int) -> N
     assert labels_KN.dtype == torch.int64
 
 
+def test_parts_of_a_batch_add_up_to_its_gradient_and_losses() -> None:
+    """As several processes compute them: unequal parts, a part without a label for some head, and an empty one."""
+    torch.manual_seed(1)
+    hidden_NH, labels_KN = torch.randn(7, 6), torch.randint(0, 11, (3, 7))
+    labels_KN[1, :5], labels_KN[2, 4:] = IGNORE, IGNORE
+    whole, shared = random_heads(), random_heads()
+    wanted_K = backward_heads(whole, hidden_NH, labels_KN, 0.7)
+    counts_K = (labels_KN != IGNORE).sum(1)
+    found_K, finished = torch.zeros(3), []
+    for part in (slice(0, 4), slice(4, 7), slice(7, 7)):
+        found_K += backward_heads(shared, hidden_NH[part], labels_KN[:, part], 0.7, counts_K, finished.append)
+    assert finished == [0, 1, 2] * 3
+    torch.testing.assert_close(found_K, wanted_K)
+    for one, other in zip(whole.parameters(), shared.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad)
+
+
 def test_gradient_and_losses_equal_an_element_wise_loop() -> None:
     heads, decay = random_heads(), 0.7
     hidden_NH = torch.randn(5, 6)

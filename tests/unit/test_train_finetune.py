@@ -151,6 +151,10 @@ def test_half_a_checkpoint_is_not_resumed_from(tmp_path):
             (folder / name).write_text(json.dumps({"global_step": step}) if step < 15 else "{")
     assert latest_checkpoint(tmp_path).name == "checkpoint-5"
     assert latest_checkpoint(tmp_path / "none") is None
+    (tmp_path / "checkpoint-5" / "rng_state_0.pth").touch()
+    assert latest_checkpoint(tmp_path, 2) is None, "the second process has not written its part"
+    (tmp_path / "checkpoint-5" / "rng_state_1.pth").touch()
+    assert latest_checkpoint(tmp_path, 2).name == "checkpoint-5"
 
 
 def test_gradient_accumulation_and_schedules_run(project, tmp_path):

@@ -1,45 +1,99 @@
 """What runs inside the container: `gorgon step NAME --base-dir /opt/ml`, exec'd as the container's first process.
 
 It reads hyperparameters and channels, runs the step with its checkpoints where the service keeps them, and leaves the
-result in model/, or the reason of a failure in output/failure.
+result in model/, or the reason of a failure in output/failure. On an instance with several GPUs a step that can use
+them runs in as many processes, each of which comes here; the first one reads and publishes for all.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gorgon import ranks
 from gorgon.artifacts import MANIFEST, StepResult, link_tree, read_manifest, write_json
+from gorgon.cloud.images import gpu_count
 from gorgon.cloud.job import INPUTS
 from gorgon.cloud.layout import FAILURE_CHARACTERS, Layout
 from gorgon.config import STEPS, StepConfig, build, nearest
-from gorgon.errors import ConfigError, DataError, GorgonError, Interrupted
+from gorgon.errors import CloudError, ConfigError, DataError, GorgonError, Interrupted, PeerError
 from gorgon.interrupts import graceful
 from gorgon.progress import say
 
 RunStep = Callable[[StepConfig, Path], StepResult]
+RunProcesses = Callable[[Sequence[str], int], int]
+
+
+def process_count(step: str, base_dir: Path, given: int | None = None) -> int:
+    """How many processes are still to be started for a step: one, when this is one of them already.
+
+    Args: given: wanted number; None takes the instance's GPUs, by SM_NUM_GPUS (which the training toolkit sets) or
+        else by the instance type in resourceconfig.json.
+    Raises: ConfigError when several are wanted for a step that cannot share its work.
+    """
+    if ranks.this().count > 1:
+        return 1
+    if step not in ranks.TOGETHER:
+        if given is not None and given > 1:
+            raise ConfigError(
+                [f"'--processes {given}': the step '{step}' runs in one process"],
+                hint=f"only {' and '.join(ranks.TOGETHER)} share their work among processes",
+            )
+        return 1
+    if given is not None:
+        return given
+    told = os.environ.get("SM_NUM_GPUS", "")
+    return max(1, int(told) if told.isdecimal() else gpu_count(Layout(base_dir).read_instance_type()))
+
+
+def run_in_processes(step: str, base_dir: Path, count: int, run: RunProcesses) -> int:
+    """Runs a step in several processes, each by `run_in_container`, and returns the exit code.
+
+    Args: run: starts `gorgon ARGUMENTS` so many times, hands signals on, and returns the exit code.
+    """
+    layout = Layout(base_dir)
+    say(f"{count} processes, one per GPU")
+    code = run(["step", step, "--base-dir", str(base_dir)], count)
+    if code == Interrupted.exit_code and not layout.failure.is_file():
+        return 0
+    if code and not layout.failure.is_file():  # killed before it could write
+        error = CloudError(
+            f"a process ended with exit code {code} and left no word", field="step", value=step,
+            hint="137 is mostly too little memory; the job's log may say more",
+        )  # fmt: skip
+        write_failure(layout, error)
+    return code
 
 
 def run_in_container(step: str, base_dir: Path, run: RunStep) -> None:
     """Runs a step in a directory laid out like /opt/ml.
 
     A SIGTERM ends it well, with a checkpoint: the service then either starts it again (spot) or was asked to stop it.
+    Of several processes the one that fails first writes output/failure, and the first one publishes the result.
     Args: run: runs a configuration into an output directory.
     Raises: what the step raises, after writing it to output/failure.
     """
     layout = Layout(base_dir)
-    try:
-        with graceful():
+    with graceful():  # around the failure too: when one of several processes fails, the others are sent SIGTERM
+        try:
+            ranks.refuse_several(step)
             config = read_job(step, layout)
             result = run(config, layout.checkpoints / step)
-            publish(result, layout)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        say(f"stopped: {stop or 'interrupted twice'}; the checkpoint is in {layout.checkpoints}")
-    except BaseException as error:
-        write_failure(layout, error)
-        raise
+            if ranks.this().first:
+                publish(result, layout)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            if ranks.this().first:
+                say(f"stopped: {stop or 'interrupted twice'}; the checkpoint is in {layout.checkpoints}")
+        except PeerError as error:
+            if error.process is not None:  # nobody else is left to tell
+                write_failure(layout, error)
+            raise
+        except BaseException as error:
+            write_failure(layout, error)
+            raise
 
 
 def read_job(step: str, layout: Layout) -> StepConfig:

@@ -75,6 +75,10 @@ class Layout:
         given = self._read("hyperparameters.json")
         return {key: _decoded(value) for key, value in given.items() if not key.startswith("sagemaker_")}
 
+    def read_instance_type(self) -> str:
+        """The machine's type as the service writes it, such as ml.g5.12xlarge; empty where nothing says."""
+        return str(self._read("resourceconfig.json").get("current_instance_type", ""))
+
     def read_channels(self) -> list[str]:
         """Names of the channels that the job was given.
 

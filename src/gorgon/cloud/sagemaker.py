@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,9 @@ from gorgon.cloud.layout import OPT_ML
 from gorgon.cloud.plan import Place
 from gorgon.cloud.validate import validate
 from gorgon.errors import CloudError
+from gorgon.ranks import TOGETHER
 
 START = f"{OPT_ML}/input/data/{CODE}/start.sh"
-MULTI_GPU_STEPS: frozenset[str] = frozenset()
-"""Steps that can use several GPUs. None can yet: a bigger machine would only cost more."""
 METRICS = {
     "loss": r"\bloss ([0-9.]+)",
     "top1": r"top-1 ([0-9.]+)",
@@ -67,7 +67,7 @@ def create_training_job(
     machine = spec.resources
     if machine is None:
         raise CloudError("a job without a machine cannot run on SageMaker", field="resources", value=spec.name)
-    check_gpus(spec.step, machine.instance_type)
+    check_gpus(spec.step, (machine.instance_type, *machine.fallbacks))
     image, extras = training_image(cloud.image, machine.instance_type, place.region)
     environment = {**spec.environment, **({"GORGON_EXTRAS": f"[{extras}]"} if extras else {})}
     if cloud.network_isolation:
@@ -120,13 +120,25 @@ def create_training_job(
     return Call("sagemaker", "CreateTrainingJob", parameters).checked()
 
 
-def check_gpus(step: str, instance_type: str) -> None:
-    """Raises CloudError for a machine whose further GPUs the step would leave idle, at full price."""
-    gpus = gpu_count(instance_type)
-    if gpus > 1 and step not in MULTI_GPU_STEPS:
+def check_gpus(step: str, instance_types: Sequence[str]) -> None:
+    """Raises CloudError for a machine whose further GPUs the step would leave idle, at full price.
+
+    A step that uses them all must find as many on every machine that it may get: its batch grows with their number,
+    and so a checkpoint of another number is of no use to it.
+    """
+    counts = {name: max(1, gpu_count(name)) for name in instance_types}
+    for name, gpus in counts.items():
+        if gpus > 1 and step not in TOGETHER:
+            raise CloudError(
+                f"the step '{step}' uses one GPU and this machine has {gpus}", field="instance_type", value=name,
+                allowed="a machine with one GPU",
+                hint=f"give it one of its own: --set sagemaker.instance_types.{step}=ml.g6e.2xlarge (48 GB)",
+            )  # fmt: skip
+    if len(set(counts.values())) > 1:
         raise CloudError(
-            f"the step '{step}' uses one GPU and this machine has {gpus}", field="instance_type", value=instance_type,
-            allowed="a machine with one GPU", hint="for memory take a bigger GPU, such as ml.g6e.2xlarge (48 GB)",
+            "the machines have different numbers of GPUs, and the batch of a step depends on it",
+            field="instance_fallbacks", value=counts, allowed=f"machines with {counts[instance_types[0]]}",
+            hint="name machines of one kind, or lower the batch size and take one GPU",
         )  # fmt: skip
 
 

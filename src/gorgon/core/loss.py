@@ -6,6 +6,8 @@ Shapes: B texts are laid end to end in T tokens; N positions, K heads, H hidden 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -48,30 +50,46 @@ def loss_weights(heads: int, decay: float) -> list[float]:
     return [decay**k for k in range(heads)]
 
 
-def head_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+def head_loss(logits_NV: Tensor, labels_N: Tensor, count: Tensor | None = None) -> Tensor:
     """Mean cross-entropy, in nats, of one head over its labelled positions; exactly 0 when it has none.
 
     The mean is taken in float32 whatever the logits' dtype.
+    Args: count: int64 scalar, divide by this many positions instead: those of all parts of a batch.
     """
     total = functional.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORE, reduction="sum")
-    return total / (labels_N != IGNORE).sum().clamp(min=1)
+    if count is None:
+        count = (labels_N != IGNORE).sum()
+    return total / count.clamp(min=1)
 
 
-def backward_heads(heads: MedusaHeads, hidden_NH: Tensor, labels_KN: Tensor, decay: float) -> Tensor:
+def backward_heads(
+    heads: MedusaHeads,
+    hidden_NH: Tensor,
+    labels_KN: Tensor,
+    decay: float,
+    counts_K: Tensor | None = None,
+    done: Callable[[int], None] = lambda k: None,
+) -> Tensor:
     """Adds the gradient of sum_k decay**k * CE_k to the heads' parameters, one head after the other.
 
     Source: arXiv:2401.10774, section 2.2.1, equation 1.
     The heads share no parameter, so the gradient of the sum is the union of theirs, and only one head's logits [N, V]
     exist at a time instead of [K, N, V].
-    Args: hidden_NH: float, no gradient flows into it. labels_KN: int64 as `head_labels` makes them.
+    Args:
+        hidden_NH: float, no gradient flows into it.
+        labels_KN: int64 as `head_labels` makes them.
+        counts_K: int64, labelled positions of the whole batch when this is a part of it: the sum over the parts of
+            gradients, and of losses, is then the batch's.
+        done: called with k when head k's gradient is complete.
     Returns: losses_K float32, unweighted and detached.
     Raises: ShapeError when the labels do not fit heads and positions.
     """
     _check(heads, hidden_NH, labels_KN)
     losses = []
     for k, weight in enumerate(loss_weights(len(heads), decay)):
-        loss = head_loss(heads.head(k, hidden_NH), labels_KN[k])
+        loss = head_loss(heads.head(k, hidden_NH), labels_KN[k], None if counts_K is None else counts_K[k])
         (weight * loss).backward()  # type: ignore[no-untyped-call]  # torch leaves this one untyped
+        done(k)
         losses.append(loss.detach())
     return torch.stack(losses)
 

@@ -50,9 +50,17 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     return state
 
 
+class _NoCurves:
+    def add_scalar(self, _name: str, _value: float, _step: int) -> None:
+        pass
+
+
 @contextmanager
-def curve_writer(folder: Path, step: int) -> Iterator[Any]:
-    """A TensorBoard writer; points after `step`, which a resumed run draws again, are hidden."""
+def curve_writer(folder: Path | None, step: int) -> Iterator[Any]:
+    """A TensorBoard writer; points after `step`, which a resumed run draws again, are hidden. None draws nothing."""
+    if folder is None:
+        yield _NoCurves()
+        return
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder), purge_step=step or None) as writer:

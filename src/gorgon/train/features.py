@@ -26,6 +26,7 @@ from gorgon.data.examples import Example, read_examples
 from gorgon.errors import DataError, Interrupted
 from gorgon.models.backbone import Backbone
 from gorgon.progress import bar, say
+from gorgon.train.processes import ALONE, Processes
 
 PROGRESS_SECONDS = 2.0
 """Between two notes of how far the caching is; what a hard kill can cost at most."""
@@ -135,10 +136,17 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
 
 
 def cache_features(
-    backbone: Backbone, texts: Sequence[Text], folder: Path, *, batch_tokens: int, title: str
+    backbone: Backbone,
+    texts: Sequence[Text],
+    folder: Path,
+    *,
+    batch_tokens: int,
+    title: str,
+    processes: Processes = ALONE,
 ) -> Features:
     """Runs the backbone once over every text; after an interruption it goes on with the texts not done yet.
 
+    Several processes take the batches in turn and write into one file, which all of them read afterwards.
     Args:
         folder: holds `hidden.bin` and `progress.json`; texts, model and `batch_tokens` must be those of earlier calls.
         batch_tokens: padded tokens per forward.
@@ -155,17 +163,20 @@ def cache_features(
             "no answer is long enough for a head to learn from", field="data", value=f"{len(texts)} texts",
             allowed="answers of at least two tokens", hint="give the output of `gorgon distill` or `gorgon prepare`",
         )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    path, progress = folder / "hidden.bin", folder / "progress.json"
+    if processes.first:
+        folder.mkdir(parents=True, exist_ok=True)
+    processes.barrier()
+    path = folder / "hidden.bin"
+    progress = folder / ("progress.json" if processes.count == 1 else f"progress-{processes.rank}.json")
     shape = {"positions": count, "hidden_size": backbone.hidden_size, "dtype": str(backbone.dtype)}
     done = _read_progress(progress, shape) if path.is_file() else 0
     hidden_NH = _map_file(path, count, backbone.hidden_size, backbone.dtype)
 
     # The last two tokens' states are read by no head, and a token never changes the states before it.
     batches = length_batches([len(text.ids) - 2 if text.count else 0 for text in texts], batch_tokens)
-    batches = [[i for i in batch if texts[i].count] for batch in batches]
+    batches = [[i for i in batch if texts[i].count] for batch in batches][processes.rank :: processes.count]
     noted = time.monotonic()
-    with bar(title, len(texts)) as shown:
+    with bar(title, sum(map(len, batches))) as shown:
         for number, batch in enumerate(batches):
             if number >= done:
                 _forward(backbone, [texts[i] for i in batch], [starts[i] for i in batch], hidden_NH)
@@ -176,6 +187,7 @@ def cache_features(
                 if stop:
                     raise Interrupted("stopped while caching hidden states", hint="the same command resumes")
             shown.advance(len(batch))
+    processes.barrier()  # the other processes' rows are there
     return replace(features, hidden_NH=hidden_NH)
 
 

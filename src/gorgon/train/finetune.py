@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gorgon.artifacts import StepResult, StepRun, require_step_file, run_step
+from gorgon.artifacts import StepResult, StepRun, require_step_file
 from gorgon.config import FinetuneConfig
 from gorgon.core.loss import IGNORE
 from gorgon.errors import Interrupted, MissingDependencyError
@@ -29,6 +29,7 @@ from gorgon.models.backbone import Backbone, load_backbone, load_tokenizer, pick
 from gorgon.progress import bar, say
 from gorgon.train.checkpoint import curve_writer
 from gorgon.train.features import Text, read_texts
+from gorgon.train.processes import ALONE, Processes, run_step_together, together
 from gorgon.train.watch import Watch, answer_loss
 
 TRAINER = "trainer"
@@ -40,7 +41,7 @@ MERGE_TOLERANCE = 0.05
 """Relative change of the loss that rounding the merged weights explains."""
 LOG_STEPS = 10
 """Optimizer steps between two points of the training curves."""
-CHECKPOINT_FILES = ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+CHECKPOINT_FILES = ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
 
 
 def finetune(config: FinetuneConfig, out: str | Path, *, force: bool = False) -> StepResult:
@@ -50,8 +51,10 @@ def finetune(config: FinetuneConfig, out: str | Path, *, force: bool = False) ->
     Args: config.data: directory with `train.jsonl` and `validation.jsonl`.
     Raises: DataError when the data is missing, empty or too long for the backbone; ModelError when the backbone cannot
         be used; MissingDependencyError when nf4 is asked for without CUDA or bitsandbytes; Interrupted on SIGTERM,
-        after writing a checkpoint that the same command resumes.
-    Invariant: the weights kept are those with the lowest held-out loss, in nats per answer token.
+        after writing a checkpoint that the same command resumes; PeerError when another of several processes failed
+        first.
+    Invariant: the weights kept are those with the lowest held-out loss, in nats per answer token. Without dropout, W
+        processes give, up to rounding, the weights that one process gives with W times the `batch_size`.
     """
     files = {
         name: require_step_file(config.data, f"{name}.jsonl", field="data", step="prepare")
@@ -61,20 +64,24 @@ def finetune(config: FinetuneConfig, out: str | Path, *, force: bool = False) ->
         _require_nf4()
     inputs = {"model": resolve_model(config.model), "data": config.data}
 
-    def body(run: StepRun) -> None:
-        with _quiet():
-            _finetune(run, config, files)
+    with together() as processes:
 
-    return run_step("finetune", config, inputs, Path(out), body, force=force)
+        def body(run: StepRun) -> None:
+            with _quiet():
+                _finetune(run, config, files, processes)
+
+        return run_step_together(processes, "finetune", config, inputs, Path(out), body, force=force)
 
 
-def _finetune(run: StepRun, config: FinetuneConfig, files: dict[str, Path]) -> None:
+def _finetune(run: StepRun, config: FinetuneConfig, files: dict[str, Path], processes: Processes) -> None:
     with run.timed("load"):
         backbone = _load(config)
         texts = {split: read_texts(run, backbone, file, split) for split, file in files.items()}
     held_out = texts["validation"][: config.eval_rows]
     with run.timed("train"):
-        watch = _run_trainer(run, config, backbone, texts["train"], held_out)
+        watch = _run_trainer(run, config, backbone, texts["train"], held_out, processes)
+    if not processes.first:
+        return
     name, device = backbone.name, backbone.device
     del backbone
     gc.collect()  # the trainer and its model refer to each other; the merge needs their memory
@@ -95,7 +102,7 @@ def _finetune(run: StepRun, config: FinetuneConfig, files: dict[str, Path]) -> N
     run.metrics.update(
         backbone=name, loss_before=watch.evaluations[0]["loss"], loss_after=loss, best_step=best["step"],
         best_loss=best["loss"], steps=watch.evaluations[-1]["step"], evaluations=watch.evaluations,
-        evaluated_rows=len(held_out), parameters=merged.parameters,
+        evaluated_rows=len(held_out), parameters=merged.parameters, processes=processes.count,
     )  # fmt: skip
     shutil.copytree(run.checkpoints / CURVES, run.directory / CURVES)
 
@@ -139,10 +146,13 @@ def data_order(lengths: Sequence[int], batch_size: int, epochs: float, seed: int
     return order[:wanted]
 
 
-def build_trainer(config: FinetuneConfig, backbone: Backbone, texts: Sequence[Text], folder: Path) -> Any:
+def build_trainer(
+    config: FinetuneConfig, backbone: Backbone, texts: Sequence[Text], folder: Path, processes: int = 1
+) -> Any:
     """TRL's SFTTrainer on a LoRA-adapted backbone, writing its checkpoints below `folder`.
 
-    Its one epoch is all of ours, in `data_order`. Labels come ready-made (`training_rows`).
+    Its one epoch is all of ours, in `data_order`. Labels come ready-made (`training_rows`). Of W processes
+    each takes every W-th batch of the order; those of one step are of like length, so that none waits for another.
     """
     from peft import LoraConfig
     from transformers.trainer_callback import PrinterCallback
@@ -151,7 +161,7 @@ def build_trainer(config: FinetuneConfig, backbone: Backbone, texts: Sequence[Te
     torch.manual_seed(config.seed)  # the adapters' first values are drawn before the trainer sets its own seed
     on_gpu = backbone.device.type == "cuda"
     arguments = SFTConfig(
-        output_dir=str(folder), num_train_epochs=1.0, max_steps=total_steps(config, len(texts)),
+        output_dir=str(folder), num_train_epochs=1.0, max_steps=total_steps(config, len(texts), processes),
         learning_rate=config.learning_rate, lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup_fraction, per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation, max_grad_norm=config.max_grad_norm,
@@ -162,6 +172,8 @@ def build_trainer(config: FinetuneConfig, backbone: Backbone, texts: Sequence[Te
         logging_steps=LOG_STEPS, eval_strategy="no", save_strategy="steps", save_steps=config.save_steps,
         save_total_limit=2, report_to="none", disable_tqdm=True,
         max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+        # only an expert that no token was sent to leaves its adapters without a gradient
+        ddp_find_unused_parameters=any("expert" in name for name in backbone.text_config.to_dict()),
     )  # fmt: skip
     if arguments.n_gpu > 1:  # one process drives one GPU: TRL refuses DataParallel
         arguments._n_gpu = 1
@@ -169,7 +181,7 @@ def build_trainer(config: FinetuneConfig, backbone: Backbone, texts: Sequence[Te
         r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         bias="none", task_type="CAUSAL_LM", target_modules="all-linear",
     )  # fmt: skip
-    order = data_order([len(text.ids) for text in texts], config.batch_size, config.epochs, config.seed)
+    order = data_order([len(text.ids) for text in texts], config.batch_size * processes, config.epochs, config.seed)
     trainer = SFTTrainer(
         model=backbone.model, args=arguments, train_dataset=training_rows(texts).select(order),
         processing_class=backbone.tokenizer, peft_config=adapters,
@@ -179,17 +191,24 @@ def build_trainer(config: FinetuneConfig, backbone: Backbone, texts: Sequence[Te
 
 
 def _run_trainer(
-    run: StepRun, config: FinetuneConfig, backbone: Backbone, texts: Sequence[Text], held_out: Sequence[Text]
+    run: StepRun,
+    config: FinetuneConfig,
+    backbone: Backbone,
+    texts: Sequence[Text],
+    held_out: Sequence[Text],
+    processes: Processes = ALONE,
 ) -> Watch:
     folder = run.checkpoints / TRAINER
-    checkpoint = latest_checkpoint(folder)
+    checkpoint = processes.share(latest_checkpoint(folder, processes.count))
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    trainer = build_trainer(config, backbone, texts, folder)
-    total = total_steps(config, len(texts))
-    with curve_writer(run.checkpoints / CURVES, step) as curves, bar("fine-tuning", total) as shown:
+    trainer = build_trainer(config, backbone, texts, folder, processes.count)
+    total = total_steps(config, len(texts), processes.count)
+    drawn = run.checkpoints / CURVES if processes.first else None
+    with curve_writer(drawn, step) as curves, bar("fine-tuning", total) as shown:
         watch = Watch(
-            run.checkpoints, held_out, every=config.eval_steps, total=total, step=step, curves=curves, shown=shown
-        )
+            run.checkpoints, held_out, every=config.eval_steps, total=total, step=step, curves=curves, shown=shown,
+            processes=processes,
+        )  # fmt: skip
         trainer.add_callback(watch)
         if checkpoint is None:
             watch.look(trainer.model, 0)
@@ -197,23 +216,26 @@ def _run_trainer(
             say(f"resuming at step {step}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.stopped:
+        processes.barrier()  # every process has written its part of the checkpoint
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {total}", hint="the same command resumes")
     run.metrics["trainable_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return watch
 
 
-def total_steps(config: FinetuneConfig, rows: int) -> int:
+def total_steps(config: FinetuneConfig, rows: int, processes: int = 1) -> int:
     """Optimizer steps of the whole run."""
-    batches = math.ceil(math.ceil(config.epochs * rows) / config.batch_size)
+    batches = math.ceil(math.ceil(config.epochs * rows) / (config.batch_size * processes))
     steps = math.ceil(batches / config.gradient_accumulation)
     return min(steps, config.max_steps or steps)
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path, processes: int = 1) -> Path | None:
     """The newest of the trainer's checkpoints that was written to its end; a kill can leave half of one."""
+    random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
+    files = [*CHECKPOINT_FILES, *random_states]
     candidates = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     for path in candidates:
-        if all((path / name).is_file() for name in CHECKPOINT_FILES):
+        if all((path / name).is_file() for name in files):
             try:
                 json.loads((path / CHECKPOINT_FILES[0]).read_text())
             except ValueError:
@@ -250,7 +272,8 @@ def _load(config: FinetuneConfig) -> Backbone:
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=nf4, device_map={"": 0})
+    own = torch.cuda.current_device()  # one process, one GPU
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=nf4, device_map={"": own})
     return Backbone(source, model, load_tokenizer(config.model), device, dtype)
 
 

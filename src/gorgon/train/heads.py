@@ -19,16 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gorgon import interrupts
-from gorgon.artifacts import StepResult, StepRun, require_step_file, run_step, write_json
+from gorgon.artifacts import StepResult, StepRun, require_step_file, write_json
 from gorgon.config import TrainHeadsConfig
 from gorgon.core.heads import MedusaHeads
-from gorgon.core.loss import RANKS, backward_heads, head_statistics, loss_weights
+from gorgon.core.loss import IGNORE, RANKS, backward_heads, head_statistics, loss_weights
 from gorgon.errors import Interrupted
 from gorgon.models.backbone import Backbone, load_backbone, resolve_model
 from gorgon.models.directory import write_model_directory
 from gorgon.progress import Bar, bar, say
 from gorgon.train.checkpoint import curve_writer, load_checkpoint, save_checkpoint
 from gorgon.train.features import Features, cache_features, read_texts
+from gorgon.train.processes import Processes, run_step_together, together
 
 CHECKPOINT = "heads.pt"
 BEST = "best.safetensors"
@@ -96,8 +97,10 @@ def train_heads(config: TrainHeadsConfig, out: str | Path, *, force: bool = Fals
     Source: arXiv:2401.10774, section 2.2.1.
     Args: config.data: directory with `train.jsonl` and `validation.jsonl`.
     Raises: DataError when the data is missing, empty, too long for the backbone or made with another tokenizer;
-        ModelError when the backbone cannot be used; Interrupted on SIGTERM, after writing a checkpoint.
-    Invariant: stopped and resumed, a run on a CPU gives the heads that a straight run gives.
+        ModelError when the backbone cannot be used; Interrupted on SIGTERM, after writing a checkpoint; PeerError when
+        another of several processes failed first.
+    Invariant: stopped and resumed, a run on a CPU gives the heads that a straight run gives; W processes give, up to
+        rounding, the heads that one process gives with W times the `batch_tokens`.
     """
     files = {
         name: require_step_file(config.data, f"{name}.jsonl", field="data", step="distill")
@@ -105,19 +108,21 @@ def train_heads(config: TrainHeadsConfig, out: str | Path, *, force: bool = Fals
     }
     inputs = {"model": resolve_model(config.model), "data": config.data}
 
-    def body(run: StepRun) -> None:
-        _train(run, config, files)
+    with together() as processes:
 
-    return run_step("train-heads", config, inputs, Path(out), body, force=force)
+        def body(run: StepRun) -> None:
+            _train(run, config, files, processes)
+
+        return run_step_together(processes, "train-heads", config, inputs, Path(out), body, force=force)
 
 
-def _train(run: StepRun, config: TrainHeadsConfig, files: dict[str, Path]) -> None:
+def _train(run: StepRun, config: TrainHeadsConfig, files: dict[str, Path], processes: Processes) -> None:
     with run.timed("load"):
         backbone = load_backbone(config.model, dtype=config.dtype, quantization=config.quantization)
     features = {}
     for split, file in files.items():
         with run.timed("features"):
-            features[split] = _features(run, config, backbone, file, split).on(backbone.device)
+            features[split] = _features(run, config, backbone, file, split, processes).on(backbone.device)
     device, dtype, source = backbone.device, backbone.dtype, backbone.name
     heads = MedusaHeads(config.heads, config.layers, backbone.hidden_size, backbone.vocab_size)
     heads.start_from(backbone.lm_head.weight.float())
@@ -125,14 +130,19 @@ def _train(run: StepRun, config: TrainHeadsConfig, files: dict[str, Path]) -> No
     del backbone  # its memory is now the optimizer's
 
     with run.timed("train"):
-        training = _Loop(run, config, heads, features["train"], features["validation"]).finish()
+        training = _Loop(run, config, heads, features["train"], features["validation"], processes).finish()
+    if not processes.first:
+        return
     heads.load_state_dict(load_file(run.checkpoints / BEST, device=str(device)))
     best = training.best
     run.metrics.update(
         top1=best.top1, held_out_loss=best.loss, best_step=best.step, steps=training.step,
         train_positions=len(features["train"]), validation_positions=len(features["validation"]),
-        positions_per_s=round(training.step * config.batch_tokens / max(training.seconds, 1e-9), 1),
+        positions_per_s=round(
+            training.step * config.batch_tokens * processes.count / max(training.seconds, 1e-9), 1
+        ),
         train_seconds=round(training.seconds, 3), parameters=sum(p.numel() for p in heads.parameters()),
+        processes=processes.count,
     )  # fmt: skip
     write_json(
         run.directory / "heads.json",
@@ -145,21 +155,35 @@ def _train(run: StepRun, config: TrainHeadsConfig, files: dict[str, Path]) -> No
     shutil.copytree(run.checkpoints / CURVES, run.directory / CURVES)
 
 
-def _features(run: StepRun, config: TrainHeadsConfig, backbone: Backbone, file: Path, split: str) -> Features:
+def _features(
+    run: StepRun, config: TrainHeadsConfig, backbone: Backbone, file: Path, split: str, processes: Processes
+) -> Features:
     texts = read_texts(run, backbone, file, split)
     folder = run.checkpoints / split
     return cache_features(
-        backbone, texts, folder, batch_tokens=config.feature_batch_tokens, title=f"hidden states, {split}"
-    )
+        backbone, texts, folder, batch_tokens=config.feature_batch_tokens, title=f"hidden states, {split}",
+        processes=processes,
+    )  # fmt: skip
 
 
 class _Loop:
-    """One run of the optimizer over the cached features, from a checkpoint if there is one."""
+    """One run of the optimizer over the cached features, from a checkpoint if there is one.
+
+    Several processes hold the same heads and the same features. Each takes its part of every batch, and the sum of
+    their gradients is the batch's, so all of them take the same step.
+    """
 
     def __init__(
-        self, run: StepRun, config: TrainHeadsConfig, heads: MedusaHeads, train: Features, validation: Features
+        self,
+        run: StepRun,
+        config: TrainHeadsConfig,
+        heads: MedusaHeads,
+        train: Features,
+        validation: Features,
+        processes: Processes,
     ) -> None:
         self.run, self.config, self.heads, self.train, self.validation = run, config, heads, train, validation
+        self.processes = processes
         self.device = next(heads.parameters()).device
         rate, decay = config.learning_rate, config.weight_decay
         optimizer = torch.optim.AdamW(heads.parameters(), lr=rate, weight_decay=decay, fused=True)
@@ -168,7 +192,7 @@ class _Loop:
         if state is not None:
             self.training.restore(state)
             say(f"resuming at step {self.training.step}")
-        self.size = min(config.batch_tokens, len(train))
+        self.size = min(config.batch_tokens * processes.count, len(train))
         self.total = max(1, math.ceil(config.epochs * len(train) / self.size))
         self.looks = {round(i * self.total / config.evaluations) for i in range(config.evaluations + 1)}
 
@@ -176,7 +200,8 @@ class _Loop:
         """Takes the remaining steps. Raises: Interrupted, after writing a checkpoint."""
         training = self.training
         self.saved = time.monotonic()
-        with curve_writer(self.run.checkpoints / CURVES, training.step) as curves, bar("heads", self.total) as shown:
+        folder = self.run.checkpoints / CURVES if self.processes.first else None
+        with curve_writer(folder, training.step) as curves, bar("heads", self.total) as shown:
             shown.advance(training.step)
             if not training.evaluations:
                 self.look(curves)
@@ -193,37 +218,51 @@ class _Loop:
         return training
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step; the unweighted losses_K and the gradient's norm before clipping."""
-        training, config = self.training, self.config
+        """One optimizer step; this process's share of the unweighted losses_K, and the norm before clipping."""
+        training, config, processes = self.training, self.config, self.processes
         for group in training.optimizer.param_groups:
             group["lr"] = learning_rate(config, training.step, self.total)
         index_N = batch_index(config.seed, training.step, self.size, len(self.train))
-        losses_K = self.forward(backward_heads, self.train, index_N, config.decay)
+        index_N = index_N.tensor_split(processes.count)[processes.rank]
+        sums: list[Any] = []
+
+        def backward(heads: MedusaHeads, hidden_NH: Tensor, labels_KN: Tensor) -> Tensor:
+            counts_K = processes.sum((labels_KN != IGNORE).sum(1))
+            return backward_heads(
+                heads, hidden_NH, labels_KN, config.decay, counts_K,
+                lambda k: sums.extend(processes.begin_sum(p.grad for p in heads[k].parameters() if p.grad is not None)),
+            )  # fmt: skip
+
+        losses_K = self.forward(backward, self.train, index_N)
+        for total in sums:
+            total.wait()
         norm = torch.nn.utils.clip_grad_norm_(self.heads.parameters(), config.gradient_clip)
         training.optimizer.step()
         training.optimizer.zero_grad(set_to_none=True)
         training.step += 1
         return losses_K, norm
 
-    def forward(self, function: Callable[..., Any], features: Features, index_N: Tensor, *more: float) -> Any:
-        """Calls `function(heads, hidden_NH, labels_KN, *more)`: bfloat16 products on a GPU, float32 on a CPU."""
+    def forward(self, function: Callable[..., Any], features: Features, index_N: Tensor) -> Any:
+        """Calls `function(heads, hidden_NH, labels_KN)`: bfloat16 products on a GPU, float32 on a CPU."""
         hidden_NH, labels_KN = features.batch(index_N, self.config.heads, self.device)
         mixed = self.device.type == "cuda" and hidden_NH.dtype != torch.float32
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed):
-            return function(self.heads, hidden_NH.float(), labels_KN, *more)
+            return function(self.heads, hidden_NH.float(), labels_KN)
 
     def look(self, curves: Any) -> None:
         """Evaluates on every held-out position, shows and keeps the result, and keeps the heads if they are the best.
 
-        Its time is not counted as training.
+        Several processes share the positions out. Its time is not counted as training.
         """
-        training, config = self.training, self.config
+        training, config, processes = self.training, self.config, self.processes
+        mine_N = torch.arange(len(self.validation)).tensor_split(processes.count)[processes.rank]
         with self.run.timed("evaluate"):
             parts = [
                 self.forward(head_statistics, self.validation, index_N)
-                for index_N in torch.split(torch.arange(len(self.validation)), config.batch_tokens)
+                for index_N in torch.split(mine_N, config.batch_tokens)
             ]
-        loss_K, hits_KR, count_K = (torch.stack(part).sum(0).cpu() for part in zip(*parts, strict=True))
+        sums = (torch.stack(part).sum(0).cpu() for part in zip(*parts, strict=True))
+        loss_K, hits_KR, count_K = map(processes.sum, sums)
         seen_K = count_K.clamp(min=1)
         losses = (loss_K / seen_K).tolist()
         weights = loss_weights(config.heads, config.decay)
@@ -231,7 +270,7 @@ class _Loop:
         accuracy = (hits_KR / seen_K[:, None]).tolist()
         evaluation = Evaluation(training.step, training.seconds, weighted, losses, accuracy)
         training.evaluations.append(evaluation)
-        if training.best is evaluation:
+        if training.best is evaluation and processes.first:
             path = self.run.checkpoints / BEST
             save_file({k: v.detach().cpu() for k, v in self.heads.state_dict().items()}, f"{path}.tmp")
             Path(f"{path}.tmp").replace(path)
@@ -243,7 +282,7 @@ class _Loop:
     def log(self, curves: Any, shown: Bar, losses_K: Tensor, norm: Tensor) -> None:
         """A point on the training curves and the loss behind the bar."""
         step = self.training.step
-        losses = losses_K.tolist()
+        losses = self.processes.sum(losses_K).tolist()
         shown.note(f"loss {' '.join(f'{x:.2f}' for x in losses)}")
         for k, loss in enumerate(losses):
             curves.add_scalar(f"train/loss/head_{k}", loss, step)
@@ -252,11 +291,13 @@ class _Loop:
 
     def save_if_due(self) -> None:
         """Writes a checkpoint when it is time or a stop was asked for. Raises: Interrupted in the second case."""
-        stop = interrupts.requested()
-        if stop or time.monotonic() - self.saved > self.config.checkpoint_seconds:
+        stop = self.processes.any(interrupts.requested())
+        due = stop or time.monotonic() - self.saved > self.config.checkpoint_seconds
+        if due and self.processes.first:
             save_checkpoint(self.run.checkpoints / CHECKPOINT, self.training.state())
             self.saved = time.monotonic()
         if stop:
+            self.processes.barrier()  # whoever leaves ends the others, and the checkpoint is not written yet
             raise Interrupted(f"stopped at step {self.training.step} of {self.total}", hint="the same command resumes")
 
 

@@ -21,21 +21,24 @@ from gorgon.artifacts import write_json
 from gorgon.core.loss import IGNORE
 from gorgon.progress import Bar, say
 from gorgon.train.features import Text, length_batches
+from gorgon.train.processes import ALONE, Processes
 
 EVALUATION_TOKENS = 4096
 """Padded tokens per forward while evaluating."""
 
 
 @torch.no_grad()
-def answer_loss(model: Any, texts: Sequence[Text], device: torch.device) -> float:
+def answer_loss(model: Any, texts: Sequence[Text], device: torch.device, processes: Processes = ALONE) -> float:
     """Mean cross-entropy, in nats per answer token (end token included), of all texts together.
 
     Every token counts the same, unlike a mean over batches' means. Leaves the model's mode as it was.
+    Args: processes: share the texts out; all of them get the same result.
     """
     was_training = model.training
     model.eval()
     nats, tokens = 0.0, 0
-    for batch in length_batches([len(text.ids) for text in texts], EVALUATION_TOKENS):
+    batches = length_batches([len(text.ids) for text in texts], EVALUATION_TOKENS)
+    for batch in batches[processes.rank :: processes.count]:
         chosen = [texts[i] for i in batch]
         longest = max(len(text.ids) for text in chosen)
         start = min(text.prompt_length for text in chosen) - 1  # logits before every answer are not needed
@@ -53,20 +56,32 @@ def answer_loss(model: Any, texts: Sequence[Text], device: torch.device) -> floa
         nats += float(loss)
         tokens += int((labels_BP != IGNORE).sum())
     model.train(was_training)
-    return nats / max(1, tokens)
+    sums = processes.sum(torch.tensor([nats, tokens], dtype=torch.float64))
+    return float(sums[0] / sums[1].clamp(min=1))
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Evaluates, keeps the best adapters, draws curves and progress, and stops the trainer on SIGTERM.
 
+    Several processes evaluate together and stop at the same step; only the first one writes.
     Args:
         folder: holds the best adapters (`best/`) and the evaluations so far; survives a kill.
         step: optimizer steps already done by an earlier run; evaluations after it are forgotten and done again.
     """
 
     def __init__(
-        self, folder: Path, held_out: Sequence[Text], *, every: int, total: int, step: int, curves: Any, shown: Bar
+        self,
+        folder: Path,
+        held_out: Sequence[Text],
+        *,
+        every: int,
+        total: int,
+        step: int,
+        curves: Any,
+        shown: Bar,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.best_folder, self.notes = folder / "best", folder / "evaluations.json"
         self.held_out, self.every, self.total, self.curves, self.shown = held_out, every, total, curves, shown
         self.evaluations: list[dict[str, float]] = []
@@ -83,10 +98,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
 
     def look(self, model: Any, step: int) -> None:
         """Evaluates on the held-out rows, shows and notes the result, and keeps the adapters if they are the best."""
-        loss = answer_loss(model, self.held_out, next(model.parameters()).device)
+        loss = answer_loss(model, self.held_out, next(model.parameters()).device, self.processes)
         seconds = round(time.perf_counter() - self.started, 3)
         entry = {"step": step, "seconds": seconds, "loss": loss}
         self.evaluations.append(entry)
+        if not self.processes.first:
+            return
         if self.best is entry:
             partial = self.best_folder.with_name("best.tmp")
             model.save_pretrained(partial)
@@ -105,7 +122,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self.shown.advance()
         if state.global_step % self.every == 0 or state.global_step >= self.total:
             self.look(named["model"], state.global_step)
-        if interrupts.requested():
+        if self.processes.any(interrupts.requested()):
             self.stopped = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
