@@ -142,15 +142,15 @@ class Attached:
         self.port = port
 
     def ask(self, body, content_type):
-        return ask(self.port, body, content_type)
+        return ask(self.port, body, content_type, "127.0.0.1")
 
     def close(self):
         pass
 
 
-def ask(port, body, content_type):
+def ask(port, body, content_type, host=HOST):
     """Status, and the open answer, of the server at this port."""
-    url = f"http://{HOST}:{port}/invocations"
+    url = f"http://{host}:{port}/invocations"
     request = urllib.request.Request(url, body, {"Content-Type": content_type or "application/json"})
     try:
         return 200, urllib.request.urlopen(request, timeout=60)

@@ -25,7 +25,7 @@ SMALL = (
     "finetune.eval_rows=4", "distill=null", "train-heads.heads=1", "train-heads.epochs=1",
     "train-heads.evaluations=1", "tune=null", "compare=null", "sagemaker.instance_type=ml.m5.xlarge",
 )  # fmt: skip
-TREE = {"format": 2, "trees": [{"batch_size": 1, "kind": "static", "paths": [[0]], "ngram": 2}]}
+TREE = {"format": 3, "trees": [{"batch_size": 1, "kind": "static", "paths": [[0]], "ngram": 2}]}
 """Tuning is left out to save time: this is a tree that it could write."""
 STAND_IN, OWN = "me/stand-in:1.0", "me/gorgon:0.1.0"
 MESSAGES = [
