@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Mapping
 
 import torch
 
@@ -13,6 +14,9 @@ from gorgon.models.cache import TreeCache
 
 ROWS = (1, 8)
 CONTEXT, PASSES = 64, 12
+CLEARLY = 0.8
+"""Fewer threads than torch would use must take at most this share of the time: eager steps are timed, and compiled ones
+gain more from threads (docs/lab-notes.md)."""
 
 
 def threads_are_given() -> bool:
@@ -24,6 +28,17 @@ def set_threads(count: int) -> None:
     """Uses this many threads from now on, unless the environment says otherwise or the machine has fewer cores."""
     if not threads_are_given() and 1 <= count <= (os.cpu_count() or 1):
         torch.set_num_threads(count)
+
+
+def pick_threads(times: Mapping[int, float]) -> int:
+    """The number of threads to use, given what `measure_threads` found: as many as there are, unless fewer are clearly
+    faster.
+
+    Args: times: at least one entry.
+    """
+    most = max(times)
+    best = min(times, key=times.__getitem__)
+    return best if times[best] <= CLEARLY * times[most] else most
 
 
 @torch.inference_mode()
