@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ from types import SimpleNamespace
 import openai
 import pytest
 
+from gorgon.serve.server import _listen
+from gorgon.serve.settings import ServeConfig
 from tests.e2e.conftest import gorgon
 from tests.serve_support import ask, get, post, wait_for
 
@@ -81,6 +84,12 @@ def test_bad_input_ends_with_exit_code_2(arguments, words):
     assert "Traceback" not in done.stderr and done.stdout == ""
     for word in words:
         assert word in done.stderr, done.stderr
+
+
+def test_pieces_of_a_stream_do_not_wait_for_acknowledgements():
+    listener = _listen(ServeConfig(model="embedded", port=0))
+    with listener, socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_command_line_starts_without_the_servers_packages():
