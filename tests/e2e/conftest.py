@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import openai
 import pytest
 
 from tests.cloud_plane.fixtures import image, own_image, plane, tiny  # noqa: F401 - SageMaker's stand-in
+from tests.serve_support import make_engine, server
 
 SMALL = (
     "prepare.rows=400", "finetune.max_steps=12", "finetune.eval_steps=12", "finetune.eval_rows=16", "distill.rows=250",
@@ -26,6 +28,20 @@ def gorgon(*arguments, timeout=280, **options):
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment, check=False, **options
     )
+
+
+@pytest.fixture(scope="module")
+def served():
+    """A running server of the test engine; a module whose server must be otherwise has a fixture of its own."""
+    with server(make_engine(), slots=4, queue=40) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    """OpenAI's own client, talking to it."""
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,12 @@ import re
 from typing import Literal
 
 import jsonschema_rs
-import openai
 import pydantic
 import pytest
 
 from gorgon.decode.grammar import Grammar, Grammars
 from gorgon.decode.request import Request
-from tests.serve_support import QUESTIONS, alone, ask, chat_ids, make_engine, post, server
+from tests.serve_support import QUESTIONS, alone, ask, chat_ids, post
 
 SCHEMA = {
     "type": "object", "required": ["table", "limit", "sure"], "additionalProperties": False,
@@ -26,18 +25,6 @@ class Head(pydantic.BaseModel):
 
     state: Literal["Alabama", "Ohio"]
     ages: list[Literal[50, 60]] = pydantic.Field(max_length=3)
-
-
-@pytest.fixture(scope="module")
-def served():
-    with server(make_engine(), slots=4, queue=40) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def expected(served, question, schema, **more):

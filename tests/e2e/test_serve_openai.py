@@ -10,19 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gorgon.decode.request import Request
-from tests.serve_support import QUESTIONS, alone, ask, chat_ids, get, make_engine, post, server, wait_for
-
-
-@pytest.fixture(scope="module")
-def served():
-    with server(make_engine(), slots=4, queue=40) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
+from tests.serve_support import QUESTIONS, alone, ask, chat_ids, get, post, server, wait_for
 
 
 @pytest.fixture(scope="module")

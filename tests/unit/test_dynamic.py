@@ -114,7 +114,7 @@ def test_counts_become_rates_and_thin_cells_lean_on_what_the_heads_share():
             counts.add((head, 5, state_of(1, False), UNKNOWN), i % 50 == 49)
             counts.add((head, 5, state_of(1, False), LEVELS - 1), i % 2 == 0)
     acceptance = counts.fit()
-    rates = acceptance.rates()
+    rates = acceptance.rates
     assert rates[0][5][state_of(1, True)][UNKNOWN] == pytest.approx(0.8, abs=0.04)
     assert rates[0][5][state_of(1, False)][UNKNOWN] < 0.06
     assert rates[0][5][state_of(1, False)][LEVELS - 1] == pytest.approx(0.5, abs=0.05)

@@ -150,8 +150,6 @@ def summarize(
     for other in (PLAIN, TRANSFORMERS):
         gains[f"vs_{other}"], gains[f"vs_{other}_range"] = speedup(ours, series[other])
     gains["plain_vs_transformers"], gains["plain_vs_transformers_range"] = speedup(series[PLAIN], series[TRANSFORMERS])
-    # the heads that were kept are those of the best evaluation, not of the last
-    best: dict[str, Any] = min(heads["evaluations"], key=lambda e: e["loss"], default={"accuracy": []})
     texts = {name: [a.text for a in series[name].answers] for name in (PLAIN, TRANSFORMERS)}
     return {
         "format": 1,
@@ -163,11 +161,7 @@ def summarize(
         "tokens_per_step": tokens_per_step(ours.answers),
         **timing_summary(dict(series)),
         "accepted_histogram": accepted_histogram(ours.answers),
-        "heads": {
-            "top1": [row[0] for row in best["accuracy"]],
-            "accuracy": best["accuracy"],
-            "evaluations": heads["evaluations"],
-        },
+        "heads": head_facts(heads),
         "tree": tree,
         "extra_trees": [
             {"name": name, "nodes": int(name.removeprefix("tree_")), "exact_match": one.exact_match,
@@ -180,6 +174,24 @@ def summarize(
     }  # fmt: skip
 
 
+def head_facts(heads: Mapping[str, Any]) -> dict[str, Any]:
+    """The heads' accuracy at the evaluation that was kept, the best and not the last, and how they got there."""
+    evaluations = heads.get("evaluations") or []
+    best: dict[str, Any] = min(evaluations, key=lambda e: e["loss"], default={"accuracy": []})
+    return {"top1": [row[0] for row in best["accuracy"]], "accuracy": best["accuracy"], "evaluations": evaluations}
+
+
+def tuned_facts(tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """What tuning chose for single requests, and the costs that chose it."""
+    chosen = single_request(tuned)
+    return {
+        **{key: chosen[key] for key in ("kind", "nodes", "mean_nodes")},
+        "ngram": chosen.get("ngram", 0),
+        "cost_curve": tuned["cost_curves"]["1"],
+        "candidates": tuned["candidates"],
+    }
+
+
 def tree_facts(ours: Series, contestants: Contestants, prompt: Prompt, tuned: Mapping[str, Any]) -> dict[str, Any]:
     """What is drafted, what came of it, and the costs that chose it.
 
@@ -187,13 +199,10 @@ def tree_facts(ours: Series, contestants: Contestants, prompt: Prompt, tuned: Ma
     """
     chosen = single_request(tuned)
     facts = {
-        **{key: chosen[key] for key in ("kind", "nodes", "mean_nodes")},
-        "ngram": chosen.get("ngram", 0),
+        **tuned_facts(tuned),
         "steps": sum(len(a.step_nodes) for a in ours.answers),
         "calibration_positions": tuned["rank_statistics"].get("positions"),
         "tuned": {key: chosen.get(key) for key in ("tokens_per_step", "step_ms", "plain_step_ms")},
-        "cost_curve": tuned["cost_curves"]["1"],
-        "candidates": tuned["candidates"],
     }
     if chosen["kind"] == "dynamic":
         return {**facts, "threshold": chosen["threshold"], "example": contestants.example_step(prompt.token_ids)}

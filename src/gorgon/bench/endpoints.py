@@ -14,7 +14,7 @@ from typing import Any
 
 from gorgon.artifacts import provenance, write_json
 from gorgon.bench import figures
-from gorgon.bench.compare import single_request
+from gorgon.bench.compare import head_facts, single_request, tuned_facts
 from gorgon.bench.decoders import Answer
 from gorgon.bench.measure import Difference, Series, first_difference
 from gorgon.bench.quality import RowQuality, judge, summarize_quality
@@ -141,19 +141,8 @@ def tree_facts(tuned: Mapping[str, Any]) -> dict[str, Any] | None:
     """The drafts that tuning took for single requests, and the costs that chose them; None where nobody tuned."""
     if not (tuned.get("trees") and tuned.get("cost_curves") and tuned.get("candidates")):
         return None
-    chosen = single_request(tuned)
-    return {
-        **{key: chosen[key] for key in ("kind", "nodes", "mean_nodes")}, "ngram": chosen.get("ngram", 0),
-        "threshold": chosen.get("threshold"), "device": tuned.get("device"), "dtype": tuned.get("dtype"),
-        "cost_curve": tuned["cost_curves"]["1"], "candidates": tuned["candidates"],
-    }  # fmt: skip
-
-
-def head_facts(heads: Mapping[str, Any]) -> dict[str, Any]:
-    """The heads' accuracy at the evaluation that was kept, and how they got there."""
-    evaluations = heads.get("evaluations") or []
-    best: dict[str, Any] = min(evaluations, key=lambda e: e["loss"], default={"accuracy": []})
-    return {"top1": [row[0] for row in best["accuracy"]], "accuracy": best["accuracy"], "evaluations": evaluations}
+    threshold = single_request(tuned).get("threshold")
+    return {**tuned_facts(tuned), "threshold": threshold, "device": tuned.get("device"), "dtype": tuned.get("dtype")}
 
 
 def differing(

@@ -22,6 +22,7 @@ from gorgon.cloud.jobs import poll_seconds, quota_error
 from gorgon.cloud.logs import ENDPOINTS, LogTail
 from gorgon.cloud.plan import Place
 from gorgon.cloud.pricing import Cost, price_of
+from gorgon.cloud.runtime import stream_lines
 from gorgon.cloud.storage import ASSETS, Upload, send
 from gorgon.cloud.wheel import build_wheel
 from gorgon.errors import CloudError
@@ -227,14 +228,10 @@ def invoke_stream(aws: Aws, name: str, request: dict[str, Any]) -> Iterator[dict
         answer = aws.client("sagemaker-runtime").invoke_endpoint_with_response_stream(
             EndpointName=name, ContentType="application/json", Body=json.dumps({**request, "stream": True})
         )
-        rest = b""
-        for event in answer["Body"]:
-            rest += event.get("PayloadPart", {}).get("Bytes", b"")
-            *lines, rest = rest.split(b"\n")
-            for line in lines:
-                text = line.removeprefix(b"data:").strip()
-                if text and text != b"[DONE]":
-                    yield json.loads(text)
+        for line in stream_lines(answer["Body"]):
+            text = line.removeprefix(b"data:").strip()
+            if text and text != b"[DONE]":
+                yield json.loads(text)
 
 
 class _model_errors:  # noqa: N801 - used as a function

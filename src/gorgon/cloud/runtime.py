@@ -39,7 +39,7 @@ class EndpointTransport:
                 answer = self._client.invoke_endpoint_with_response_stream(
                     EndpointName=self._name, ContentType="application/json", Body=json.dumps(body)
                 )
-                yield from _lines(answer["Body"])
+                yield from map(_as_event, stream_lines(answer["Body"]))
             except e.EventStreamError as error:
                 raise StreamBrokenError(str(error)) from error
             except e.ClientError as error:
@@ -72,14 +72,15 @@ def connector(name: str, region: str | None, timeout_s: float) -> Callable[[], E
     return lambda: EndpointTransport(client, name)
 
 
-def _lines(events: Any) -> Iterator[bytes]:
+def stream_lines(events: Any) -> Iterator[bytes]:
+    """The lines of a response stream, whose events cut them anywhere."""
     rest = b""
     for event in events:
         rest += event.get("PayloadPart", {}).get("Bytes", b"")
         *lines, rest = rest.split(b"\n")
-        yield from map(_as_event, lines)
+        yield from lines
     if rest:
-        yield _as_event(rest)
+        yield rest
 
 
 def _as_event(line: bytes) -> bytes:

@@ -15,6 +15,7 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,8 +109,9 @@ class Acceptance:
         """K; the row behind the last head is for greater depths."""
         return len(self.bins) - 1
 
+    @cached_property
     def rates(self) -> Rates:
-        """Every cell's acceptance rate."""
+        """Every cell's acceptance rate; made once for all the drafters that share this table."""
         return [
             [[[1 / (1 + math.exp(-(b + s + v))) for v in level] for s in state] for b in bins]
             for bins, state, level in zip(self.bins, self.states, self.levels, strict=True)

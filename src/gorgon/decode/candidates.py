@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from gorgon.config import TuneConfig
 from gorgon.core.acceptance import Acceptance
 from gorgon.core.phrasebook import Phrasebook
-from gorgon.core.rank_stats import best_tree, count_prefixes, replay
+from gorgon.core.rank_stats import Replay, best_tree, count_prefixes, replay
 from gorgon.core.tree import DraftTree
-from gorgon.decode.calibrate import Recording, replay_drafter
+from gorgon.decode.calibrate import Recording, Replayed, replay_drafter
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.dynamic import DynamicDrafter
 from gorgon.decode.timing import StepCosts
@@ -70,42 +71,64 @@ class Candidate:
         }
 
 
-def static_candidates(recordings: Sequence[Recording], costs: StepCosts, config: TuneConfig) -> list[Candidate]:
-    """The best tree of every size with every length of the n-gram branch; the one-node tree is always among them."""
-    texts = [r.positions for r in recordings]
-    flat = [p for text in texts for p in text]
+class Replays:
+    """The recorded answers decoded again by drafters, each once: what is accepted does not depend on the batch size."""
+
+    def __init__(
+        self, recordings: Sequence[Recording], phrasebook: Phrasebook, sizes: Sequence[int], config: TuneConfig
+    ) -> None:
+        """Args: sizes: nodes of the trees whose steps are timed, ascending."""
+        self.recordings, self.phrasebook, self.sizes, self.config = recordings, phrasebook, sizes, config
+        self._dynamic: dict[tuple[int, int, float], tuple[DynamicDrafter, Replayed]] = {}
+
+    @cached_property
+    def static(self) -> list[tuple[DraftTree, Replay]]:
+        """The best tree of every size with every length of the n-gram branch, the one-node tree among them."""
+        texts = [r.positions for r in self.recordings]
+        flat = [p for text in texts for p in text]
+        found = []
+        for ngram in sorted(set(self.config.ngram_lengths) | {0}):
+            counts = count_prefixes(flat, max_rank=self.config.max_rank, ngram=ngram)
+            for nodes in sorted({*self.sizes, *(n + ngram for n in self.sizes)}):
+                if ngram < nodes <= self.sizes[-1]:
+                    tree = best_tree(counts, nodes, ngram=ngram)
+                    found.append((tree, replay(texts, tree)))
+        return found
+
+    def dynamic(self, acceptance: Acceptance, nodes: int, threshold: float) -> tuple[DynamicDrafter, Replayed]:
+        """A dynamic tree; its drafting time is measured as it is replayed."""
+        key = (acceptance.heads, nodes, threshold)
+        if key not in self._dynamic:
+            drafter = DynamicDrafter(
+                acceptance, self.phrasebook, nodes=nodes, threshold=threshold, width=self.config.width
+            )
+            self._dynamic[key] = drafter, replay_drafter(self.recordings, drafter)
+        return self._dynamic[key]
+
+
+def static_candidates(replays: Replays, costs: StepCosts) -> list[Candidate]:
+    """The static trees at these costs, fastest first."""
     candidates = []
-    for ngram in sorted(set(config.ngram_lengths) | {0}):
-        counts = count_prefixes(flat, max_rank=config.max_rank, ngram=ngram)
-        for nodes in sorted({*costs.by_nodes, *(n + ngram for n in costs.by_nodes)}):
-            if not ngram < nodes <= max(costs.by_nodes):
-                continue
-            tree = best_tree(counts, nodes, ngram=ngram)
-            result = replay(texts, tree)
-            full, short = result.steps_with_ngram, result.steps_without
-            total = full * costs.ms(tree.nodes, tree.heads) + short * costs.ms(tree.nodes - ngram, tree.heads)
-            mean = (full * tree.nodes + short * (tree.nodes - ngram)) / result.steps
-            candidates.append(Candidate(StaticDrafter(tree), result.tokens_per_step, mean, total / result.steps))
+    for tree, result in replays.static:
+        full, short, without = result.steps_with_ngram, result.steps_without, tree.nodes - tree.ngram
+        total = full * costs.ms(tree.nodes, tree.heads) + short * costs.ms(without, tree.heads)
+        mean = (full * tree.nodes + short * without) / result.steps
+        candidates.append(Candidate(StaticDrafter(tree), result.tokens_per_step, mean, total / result.steps))
     return sorted(candidates, key=_fastest_first)
 
 
-def dynamic_candidates(
-    recordings: Sequence[Recording],
-    costs: StepCosts,
-    acceptances: Sequence[Acceptance],
-    phrasebook: Phrasebook,
-    config: TuneConfig,
-) -> list[Candidate]:
-    """Dynamic trees of several sizes and thresholds, replayed on every calibration text.
+def dynamic_candidates(replays: Replays, costs: StepCosts, acceptances: Sequence[Acceptance]) -> list[Candidate]:
+    """Dynamic trees of several sizes and thresholds at these costs and their own drafting time, fastest first.
 
     Args: acceptances: one for each number of heads that may be read.
     """
 
     def candidate(acceptance: Acceptance, nodes: int, threshold: float) -> Candidate:
-        drafter = DynamicDrafter(acceptance, phrasebook, nodes=nodes, threshold=threshold, width=config.width)
-        return dynamic_candidate(recordings, costs, drafter)
+        drafter, result = replays.dynamic(acceptance, nodes, threshold)
+        total = sum(count * costs.ms(n, drafter.heads) for n, count in result.nodes.items()) + 1000 * result.draft_s
+        return Candidate(drafter, result.tokens_per_step, result.mean_nodes, total / result.steps)
 
-    most = max(costs.by_nodes)
+    most = replays.sizes[-1]
     probed = {
         a.heads: max(candidate(a, min(n, most), threshold).tokens_per_s for n, threshold in PROBES) for a in acceptances
     }
@@ -118,13 +141,6 @@ def dynamic_candidates(
         if threshold >= 0.4 / nodes  # a low threshold does not matter to a small tree
     ]
     return sorted(found, key=_fastest_first)
-
-
-def dynamic_candidate(recordings: Sequence[Recording], costs: StepCosts, drafter: DynamicDrafter) -> Candidate:
-    """One dynamic tree: its drafting time is measured as it is replayed, and added to the step's."""
-    result = replay_drafter(recordings, drafter)
-    total = sum(count * costs.ms(n, drafter.heads) for n, count in result.nodes.items()) + 1000 * result.draft_s
-    return Candidate(drafter, result.tokens_per_step, result.mean_nodes, total / result.steps)
 
 
 def heads_only(recordings: Sequence[Recording], counts: TextCounts, nodes: int) -> dict[str, Any]:

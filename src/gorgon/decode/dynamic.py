@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
-from gorgon.core.acceptance import UNLISTED, Acceptance, bin_of
+from gorgon.core.acceptance import UNLISTED, Acceptance, bin_of, state_of
 from gorgon.core.draft import Draft
-from gorgon.core.phrasebook import ANOTHER, UNKNOWN, Phrasebook
-from gorgon.decode.ngrams import NgramIndex
+from gorgon.core.phrasebook import ANOTHER, LONGEST, UNKNOWN, Phrasebook
+from gorgon.decode.ngrams import LONGEST_SUFFIX, NgramIndex
 from gorgon.decode.step import HeadChoices
 
 DEEPEST = 12
@@ -39,7 +39,7 @@ def candidates(
     """(token, bin, state, level) of everything that is proposed behind a node at this depth whose path ends so."""
     place, matched = context.find(suffix)
     offered = context.tokens[place] if matched else -1
-    same, other = 2 * matched - 1, 2 * matched  # `core.acceptance.state_of`
+    same, other = state_of(matched, True), state_of(matched, False)
     usual = phrasebook.usual(suffix)
     usual, absent = (usual, ANOTHER) if usual is not None else ({}, UNKNOWN)
     found = []
@@ -73,7 +73,7 @@ class DynamicDrafter:
         self.acceptance, self.phrasebook = acceptance, phrasebook
         self.nodes, self.threshold, self.width = nodes, threshold, width
         self.heads = acceptance.heads
-        self._rates = acceptance.rates()
+        self._rates = acceptance.rates
 
     def draft(self, root: int, choices: HeadChoices | None, context: NgramIndex | None) -> Draft:
         """The best nodes behind `root`."""
@@ -109,3 +109,6 @@ class DynamicDrafter:
             mine = rate * rates[bin_][state][level]
             if mine >= least:
                 heappush(heap, (-mine, node, token, suffix))
+
+
+assert LONGEST <= LONGEST_SUFFIX, "a node's path is remembered as far as the context looks back"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from gorgon.core.tree import DraftTree
 from gorgon.data.chat import encode_answer, encode_prompt
 from gorgon.data.examples import Example, read_examples
 from gorgon.decode.calibrate import count_acceptance, record, write_answers
-from gorgon.decode.candidates import Candidate, TextCounts, dynamic_candidates, heads_only, static_candidates
+from gorgon.decode.candidates import Candidate, Replays, dynamic_candidates, heads_only, static_candidates
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.engine import PLAIN, Engine
 from gorgon.decode.finalists import Finalist, decode_finalists, pick_finalists
@@ -82,6 +82,8 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
             for k in sorted({*HEADS_TRIED, available} if config.dynamic else ())
             if k <= available
         ]
+        trees = {tree.nodes: tree for tree in (best_tree(counts, n) for n in SIZES if n <= config.max_nodes)}
+        replays = Replays(recordings, phrasebook, sorted(trees), config)
     entries: list[dict[str, Any]] = []
     finalists: dict[int, list[Finalist]] = {}
     considered: dict[int, list[Candidate]] = {}
@@ -89,10 +91,10 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
     costs: dict[int, StepCosts] = {}
     for batch in sorted(set(config.batch_sizes)):
         with run.timed(f"step times, batch {batch}"):
-            costs[batch] = _measure(engine, counts, pairs, batch, config)
+            costs[batch] = _measure(engine, trees, pairs, batch, config)
         with run.timed(f"choice, batch {batch}"):
-            static = static_candidates(recordings, costs[batch], config)
-            dynamic = dynamic_candidates(recordings, costs[batch], acceptances, phrasebook, config)
+            static = static_candidates(replays, costs[batch])
+            dynamic = dynamic_candidates(replays, costs[batch], acceptances)
             chosen = pick_finalists(static, dynamic)
             finalists[batch] = decode_finalists(engine, chosen, recordings, batch, config)
         best_static[batch] = static[0]
@@ -207,14 +209,17 @@ def _training_answers(engine: Engine, rows: Path) -> list[list[int]]:
 
 
 def _measure(
-    engine: Engine, counts: TextCounts, pairs: Sequence[tuple[list[int], list[int]]], batch: int, config: TuneConfig
+    engine: Engine,
+    trees: Mapping[int, DraftTree],
+    pairs: Sequence[tuple[list[int], list[int]]],
+    batch: int,
+    config: TuneConfig,
 ) -> StepCosts:
-    """Step time of the best static tree of each size; fewer counted paths than nodes make sizes fall together.
+    """Step time of the best static tree of each size; fewer counted paths than nodes have made sizes fall together.
 
     All heads are read whatever the tree needs of them, so that nodes and heads are told apart.
     """
     available = len(engine.heads or ())
-    trees = {tree.nodes: tree for tree in (best_tree(counts, n) for n in SIZES if n <= config.max_nodes)}
     engines = {("nodes", n): _reading(engine, tree, available if n > 1 else 0, batch) for n, tree in trees.items()}
     star = DraftTree.of((rank,) for rank in range(min(HEADS_AT, config.max_nodes, config.width + 1) - 1))
     for heads in range(1, available + 1):

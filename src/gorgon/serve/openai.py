@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -107,7 +108,7 @@ def usage_of(generations: Sequence[Generation], prompts: Sequence[Sequence[int]]
     }  # fmt: skip
 
 
-class Format:
+class Format(ABC):
     """How one kind of answer is written: a chat's or a text completion's."""
 
     kind, chunk_kind, prefix = "", "", ""
@@ -123,13 +124,13 @@ class Format:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.service.name,
                 "choices": choices, **more}  # fmt: skip
 
+    @abstractmethod
     def whole(self, index: int, generation: Generation) -> dict[str, Any]:
         """A complete choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def part(self, index: int, delta: Delta) -> dict[str, Any]:
         """A chunk's choice."""
-        raise NotImplementedError
 
     def opening(self, count: int) -> list[dict[str, Any]]:
         """Choices of the chunk before the first token, if there is one."""

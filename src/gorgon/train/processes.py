@@ -103,6 +103,17 @@ class Processes:
             f"process {told['process']} failed: {told['text']}", hint=told["hint"], exit_code=told["exit_code"]
         )
 
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """An error of the block is told to the others; what is raised is what came first among all."""
+        try:
+            yield
+        except BaseException as error:
+            cause = self.cause(error)
+            if cause is error:
+                raise
+            raise cause from error
+
 
 ALONE = Processes()
 """One process, as without torchrun."""
@@ -123,12 +134,8 @@ def together() -> Iterator[Processes]:
     processes = _connect(here)
     quiet, console.quiet = console.quiet, console.quiet or not here.first
     try:
-        yield processes
-    except BaseException as error:
-        cause = processes.cause(error)
-        if cause is error:
-            raise
-        raise cause from error
+        with processes.telling():
+            yield processes
     finally:
         console.quiet = quiet
     dist.destroy_process_group()  # not after a failure: it could wait for those who are gone
@@ -175,14 +182,8 @@ def run_step_together(
 
     def watched(run: StepRun) -> None:
         processes.share(str(run.directory))
-        try:
-            with storage_errors(out):
-                body(run)
-        except BaseException as error:  # told before anything is tidied up, which the others might stumble over
-            cause = processes.cause(error)
-            if cause is error:
-                raise
-            raise cause from error
+        with processes.telling(), storage_errors(out):  # before anything is tidied up: the others might stumble over it
+            body(run)
 
     if processes.first:
         result = run_step(step, config, inputs, out, watched, force=force, processes=processes.count)
