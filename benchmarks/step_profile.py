@@ -4,7 +4,7 @@
     python benchmarks/step_profile.py MODEL --device cuda    # bfloat16, with and without CUDA graphs; not yet run
 
 For each way of running steps and several tree sizes, medians over many steps on one context. The parts are timed by
-leaving them out: `settle` with and without heads, the forward alone, the drafter alone. Writes
+leaving them out: the forward alone, whole steps with and without heads, the drafter alone. Writes
 results/step-profile.json and docs/figures/step-profile.svg (on a GPU, step-profile-cuda).
 """
 
@@ -92,29 +92,23 @@ def profile(model: Path, mode: Any, device: str) -> dict[str, dict[str, float]]:
 def _parts(
     bare: Stepper, full: Stepper, cache: TreeCache, batch: DraftBatch, lengths: torch.Tensor, visible: int
 ) -> tuple[float, float, float]:
-    """Forward, the rest of a step without heads, and with them; captured, a whole step less its forward."""
+    """Forward, the rest of a step without heads, and with them: a whole step less its forward."""
+    pair = bare._captured(cache, batch, lengths, visible, True)
 
-    def wait() -> None:
+    def forward() -> None:
+        if pair is None:
+            bare._forward(batch.flat_4BN, lengths, visible, tuple(cache.keys), tuple(cache.values))
+        else:
+            pair.put(batch.flat_4BN, lengths)
+            pair.run(0)
         if lengths.device.type == "cuda":
             torch.cuda.synchronize()
 
-    pair = bare._captured(cache, batch, lengths, visible, True)
-    if pair is not None:
-
-        def forward() -> None:
-            pair.put(batch.flat_4BN, lengths)
-            pair.run(0)
-            wait()
-
-        first = median_ms(forward)
-        settle = median_ms(lambda: bare.step(cache, batch, lengths, visible)) - first
-        return first, settle, median_ms(lambda: full.step(cache, batch, lengths, visible)) - first
-    hidden = bare.forward(cache, batch, lengths, visible)
-    first = median_ms(lambda: (bare.forward(cache, batch, lengths, visible), wait()))
-    settle = median_ms(lambda: bare.settle(cache, batch, lengths, hidden))
+    first = median_ms(forward)
+    settle = median_ms(lambda: bare.step(cache, batch, lengths, visible)) - first
     if batch.nodes == 1:
         return first, settle, settle
-    return first, settle, median_ms(lambda: full.settle(cache, batch, lengths, hidden))
+    return first, settle, median_ms(lambda: full.step(cache, batch, lengths, visible)) - first
 
 
 def draw(modes: dict[str, dict[str, dict[str, float]]], path: Path) -> None:

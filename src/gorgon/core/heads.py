@@ -5,6 +5,7 @@ Source: Medusa, arXiv:2401.10774, section 2.1. Shapes: N positions, K heads, H h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -107,14 +108,24 @@ class PackedHeads:
             weights = [weight_VH[vocabulary_U] for weight_VH in weights]
         self._projection_KHV = torch.stack(weights).transpose(1, 2) if count else None
 
+    @property
+    def tensors(self) -> tuple[tuple[tuple[Tensor, Tensor], ...], Tensor]:
+        """Weights and biases of the blocks, and the projection: what a step function is given."""
+        assert self._projection_KHV is not None
+        return tuple(self._blocks), self._projection_KHV
+
     def __call__(self, hidden_BH: Tensor) -> Tensor:
         """Logits [K', B, V] at B positions, or [K', B, U] over the draft vocabulary.
 
         Invariant: equal to `MedusaHeads.forward` at those positions up to rounding; drafts need no more, because every
         token is verified by the backbone.
         """
-        assert self._projection_KHV is not None
-        x_KBH = hidden_BH.expand(self.count, *hidden_BH.shape)
-        for weight_KHH, bias_K1H in self._blocks:
-            x_KBH = x_KBH + silu(torch.baddbmm(bias_K1H, x_KBH, weight_KHH))
-        return torch.bmm(x_KBH, self._projection_KHV)
+        return read_heads(hidden_BH, *self.tensors)
+
+
+def read_heads(hidden_BH: Tensor, blocks: Sequence[tuple[Tensor, Tensor]], projection_KHV: Tensor) -> Tensor:
+    """Logits [K', B, V] of the heads whose `PackedHeads.tensors` these are, at B positions."""
+    x_KBH = hidden_BH.expand(len(projection_KHV), *hidden_BH.shape)
+    for weight_KHH, bias_K1H in blocks:
+        x_KBH = x_KBH + silu(torch.baddbmm(bias_K1H, x_KBH, weight_KHH))
+    return torch.bmm(x_KBH, projection_KHV)

@@ -227,7 +227,9 @@ class Slots:
         for running, draft in zip(batch, drafts, strict=True):
             running.draft = draft
         device = engine.backbone.device
-        tensors = DraftBatch.of(drafts, device, drafter.nodes if engine.fixed_shapes else None)
+        tensors = DraftBatch.of(
+            drafts, device, drafter.nodes if engine.fixed_shapes else None, least=min(drafter.nodes, 2)
+        )
         lengths = [r.length for r in batch]
         lengths_B = torch.tensor(lengths, device=device)
         visible = engine.visible(max(lengths) + tensors.nodes, self._cache.capacity)

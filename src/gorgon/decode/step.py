@@ -1,8 +1,8 @@
 """One step: verify a draft tree per sequence in one forward, accept, commit, and let the heads read the new state.
 
 Source: Medusa, arXiv:2401.10774, section 2.1.2 (tree attention). The same code does plain decoding: its tree is the
-root alone. A step is two pure functions of tensors, `forward` and `settle`, between which sampling may choose the
-tokens. Both can be compiled. What a step decided comes back in one transfer, the step's only wait for the device.
+root alone. A step is two pure functions of tensors, the forward and its settling, between which sampling may choose the
+tokens; a greedy step is compiled as one. What was decided comes back in one transfer, the only wait for the device.
 Shapes: B sequences, N nodes, P nodes of the longest path, K heads, R choices per head, H hidden size, V vocabulary.
 """
 
@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gorgon.core.accept import accept, ancestors
 from gorgon.core.draft import Draft
-from gorgon.core.heads import PackedHeads
+from gorgon.core.heads import PackedHeads, read_heads
 from gorgon.models.backbone import Backbone
 from gorgon.models.cache import TreeCache
 from gorgon.models.graphs import Captured, Outputs
 
 Choose = Callable[[Tensor], Tensor | None]
+Buffers = Sequence[Tensor]
+Reads = tuple[tuple[tuple[Tensor, Tensor], ...], Tensor, int, Tensor | None]
+"""The heads as a step function is given them: `PackedHeads.tensors`, R, and the draft vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +69,26 @@ class DraftBatch:
         return int(self.flat_4BN.shape[2])
 
     @staticmethod
-    def of(drafts: Sequence[Draft], device: torch.device, nodes: int | None = None) -> DraftBatch:
-        """Args: nodes: fill up to this many, and call none deeper, where shapes must not change from step to step."""
-        size = max(d.nodes for d in drafts) if nodes is None else nodes
+    def of(drafts: Sequence[Draft], device: torch.device, nodes: int | None = None, *, least: int = 1) -> DraftBatch:
+        """Args:
+        nodes: fill up to this many, and call none deeper, where shapes must not change from step to step.
+        least: fill up to this many; two keep a draft of the root alone from being a shape of its own to the compiler.
+        """
+        size = max(least, *(d.nodes for d in drafts)) if nodes is None else nodes
         if len(drafts) == 1:
             flat_4BN = torch.tensor(drafts[0].flat(size)).view(4, 1, size)
         else:
             flat_4BN = (
                 torch.tensor([d.flat(size) for d in drafts]).view(len(drafts), 4, size).transpose(0, 1).contiguous()
             )
-        longest = size if nodes is not None else max(max(d.depths) for d in drafts) + 1
+        longest = size if nodes is not None else max(least, *(max(d.depths) + 1 for d in drafts))
         return DraftBatch(flat_4BN.to(device, non_blocking=True), longest)
 
 
 class Stepper:
     """The functions of a step on one backbone, run as `Backbone.run_steps` says.
 
+    What is compiled takes tensors and numbers only, those of the heads among them, so all engines share it.
     Args:
         heads: the heads that the drafts read, None when there are none to read.
         width: R, how many choices of each head are returned.
@@ -89,17 +97,13 @@ class Stepper:
 
     def __init__(self, backbone: Backbone, heads: PackedHeads | None, width: int, vocabulary_U: Tensor | None) -> None:
         self.backbone, self._heads, self._width, self._vocabulary_U = backbone, heads, width, vocabulary_U
-        self._forward, self._settle = backbone.step_function(_forward), backbone.step_function(_settle)
+        self._forward, self._greedy = backbone.step_function(_forward), backbone.step_function(_greedy)
         self._prompt = backbone.step_function(_prompt)
+        self._reads: Reads | None = None if heads is None else (*heads.tensors, width, vocabulary_U)
 
     @property
     def _count(self) -> int:
         return 0 if self._heads is None else self._heads.count
-
-    @torch.inference_mode()
-    def forward(self, cache: TreeCache, batch: DraftBatch, lengths_B: Tensor, visible: int) -> Tensor:
-        """Hidden states [B, N, H] of all nodes."""
-        return self._forward(self.backbone, cache, batch.flat_4BN, lengths_B, visible)
 
     @torch.inference_mode()
     def settle(
@@ -110,13 +114,13 @@ class Stepper:
         hidden_BNH: Tensor,
         choices_BN: Tensor | None = None,
     ) -> list[Decided]:
-        """Accepts, commits the accepted rows, and reads the heads.
+        """Accepts, commits the accepted rows, and reads the heads, after a forward that was run on its own.
 
         Args: choices_BN: the backbone's sampled token after each node; None takes the argmax.
         """
-        packed = self._settle(
-            self.backbone, self._heads, self._width, self._vocabulary_U,
-            cache, batch.flat_4BN, lengths_B, hidden_BNH, choices_BN, batch.longest,
+        packed = _settle(
+            self.backbone, batch.flat_4BN, lengths_B, batch.longest, hidden_BNH, choices_BN, cache.keys, cache.values,
+            self._reads,
         )  # fmt: skip
         return [self._decided(row, batch.longest) for row in packed.tolist()]
 
@@ -130,9 +134,14 @@ class Stepper:
         """
         captured = self._captured(cache, batch, lengths_B, visible, choose is not None)
         if captured is None:
-            hidden_BNH = self.forward(cache, batch, lengths_B, visible)
-            choices_BN = None if choose is None else choose(hidden_BNH)
-            return hidden_BNH, self.settle(cache, batch, lengths_B, hidden_BNH, choices_BN)
+            buffers = tuple(cache.keys), tuple(cache.values)
+            if choose is None:
+                hidden_BNH, packed = self._greedy(
+                    batch.flat_4BN, lengths_B, visible, batch.longest, *buffers, self._reads
+                )
+                return hidden_BNH, [self._decided(row, batch.longest) for row in packed.tolist()]
+            hidden_BNH = self._forward(batch.flat_4BN, lengths_B, visible, *buffers)
+            return hidden_BNH, self.settle(cache, batch, lengths_B, hidden_BNH, choose(hidden_BNH))
         assert self.backbone.graphs is not None
         captured.put(batch.flat_4BN, lengths_B)
         if choose is None:
@@ -156,16 +165,14 @@ class Stepper:
         backbone, longest = self.backbone, batch.longest
 
         def forward(inputs: Sequence[Tensor], _: Sequence[Outputs]) -> Outputs:
-            return (_forward(backbone, cache, inputs[0], inputs[1], visible),)
+            return (_forward(backbone, inputs[0], inputs[1], visible, cache.keys, cache.values),)
 
         def settle(inputs: Sequence[Tensor], before: Sequence[Outputs]) -> Outputs:
             (hidden_BNH,), choices_BN = before[0], inputs[2] if sampled else None
-            return (
-                _settle(
-                    backbone, self._heads, self._width, self._vocabulary_U,
-                    cache, inputs[0], inputs[1], hidden_BNH, choices_BN, longest,
-                ),
-            )  # fmt: skip
+            packed = _settle(
+                backbone, inputs[0], inputs[1], longest, hidden_BNH, choices_BN, cache.keys, cache.values, self._reads
+            )
+            return (packed,)
 
         def whole(inputs: Sequence[Tensor], before: Sequence[Outputs]) -> Outputs:
             hidden = forward(inputs, before)
@@ -180,11 +187,13 @@ class Stepper:
     def prompt(self, cache: TreeCache, tokens: Sequence[int], start: int) -> Tensor:
         """Runs a part of a prompt, which begins at position `start`; returns its last hidden state [1, 1, H]."""
         tokens_1T = torch.tensor([list(tokens)], device=self.backbone.device)
-        start_1 = torch.tensor([start], device=self.backbone.device)
-        if not cache.keys:  # a compiled function must find the buffers there, or it is compiled twice
-            _prompt(self.backbone, cache, tokens_1T[:, :1], start_1, start + 1)
-        hidden_1TH = self._prompt(self.backbone, cache, tokens_1T, start_1, start + len(tokens))
-        return hidden_1TH[0, -1:].clone()[None]  # a view's strides tell of the prompt's length: compiled again for each
+        start_1, visible = torch.tensor([start], device=self.backbone.device), start + len(tokens)
+        if not cache.keys:  # the buffers come to be; step functions are given them
+            self.backbone.forward_prompt(cache, tokens_1T[:, :1], start_1, start + 1)
+        # A single token has a shape of its own to the compiler, and is not worth half a minute.
+        prompt = self._prompt if len(tokens) > 1 else partial(_prompt, self.backbone)
+        hidden_11H: Tensor = prompt(tokens_1T, start_1, visible, tuple(cache.keys), tuple(cache.values))
+        return hidden_11H
 
     def _decided(self, row: list[float], longest: int) -> Decided:
         node, depth = int(row[0]), int(row[1])
@@ -202,26 +211,32 @@ class Stepper:
         )  # fmt: skip
 
 
-def _forward(backbone: Backbone, cache: TreeCache, flat_4BN: Tensor, lengths_B: Tensor, visible: int) -> Tensor:
+def _forward(
+    backbone: Backbone, flat_4BN: Tensor, lengths_B: Tensor, visible: int, keys: Buffers, values: Buffers
+) -> Tensor:
+    """Hidden states [B, N, H] of all nodes; their rows are in the cache's buffers."""
     tokens_BN, _, depths_BN, bits_BN = flat_4BN.unbind(0)
-    return backbone.forward_tree(cache, tokens_BN, depths_BN, bits_BN, lengths_B, visible)
+    return backbone.forward_tree(TreeCache.over(keys, values), tokens_BN, depths_BN, bits_BN, lengths_B, visible)
 
 
-def _prompt(backbone: Backbone, cache: TreeCache, tokens_1T: Tensor, start_1: Tensor, visible: int) -> Tensor:
-    return backbone.forward_prompt(cache, tokens_1T, start_1, visible)
+def _prompt(
+    backbone: Backbone, tokens_1T: Tensor, start_1: Tensor, visible: int, keys: Buffers, values: Buffers
+) -> Tensor:
+    """The last hidden state [1, 1, H] of a part of a prompt."""
+    hidden_1TH = backbone.forward_prompt(TreeCache.over(keys, values), tokens_1T, start_1, visible)
+    return hidden_1TH[:, -1:].clone()
 
 
 def _settle(
     backbone: Backbone,
-    heads: PackedHeads | None,
-    width: int,
-    vocabulary_U: Tensor | None,
-    cache: TreeCache,
     flat_4BN: Tensor,
     lengths_B: Tensor,
+    longest: int,
     hidden_BNH: Tensor,
     choices_BN: Tensor | None,
-    longest: int,
+    keys: Buffers,
+    values: Buffers,
+    reads: Reads | None,
 ) -> Tensor:
     """Everything a step decides, as one float64 table [B, 3 + 2P + 2KR], so that it comes back in one transfer.
 
@@ -232,17 +247,33 @@ def _settle(
     chosen_BN = top_BN.indices if choices_BN is None else choices_BN
     best_B, path_BP = accept(tokens_BN, chosen_BN, parents_BN, depths_BN, ancestors(bits_BN), longest)
     if longest > 1:
-        cache.keep(lengths_B, path_BP)
+        TreeCache.over(keys, values).keep(lengths_B, path_BP)
     rows_B = torch.arange(len(best_B), device=best_B.device)
     parts = [
         torch.stack((best_B, depths_BN[rows_B, best_B], chosen_BN[rows_B, best_B]), dim=1),
         tokens_BN.gather(1, path_BP),
         torch.isfinite(top_BN.values.gather(1, path_BP)),
     ]
-    if heads is not None:
-        logits_KBU = heads(hidden_BNH[rows_B, best_B])
+    if reads is not None:
+        blocks, projection_KHU, width, vocabulary_U = reads
+        logits_KBU = read_heads(hidden_BNH[rows_B, best_B], blocks, projection_KHU)
         top_KBR = logits_KBU.topk(width, dim=-1)
         found_KBR = top_KBR.indices if vocabulary_U is None else vocabulary_U[top_KBR.indices]
         logprobs_KBR = top_KBR.values.float() - logits_KBU.float().logsumexp(-1, keepdim=True)
         parts += [found_KBR.transpose(0, 1).flatten(1), logprobs_KBR.transpose(0, 1).flatten(1)]
     return torch.cat([part.double() for part in parts], dim=1)
+
+
+def _greedy(
+    backbone: Backbone,
+    flat_4BN: Tensor,
+    lengths_B: Tensor,
+    visible: int,
+    longest: int,
+    keys: Buffers,
+    values: Buffers,
+    reads: Reads | None,
+) -> tuple[Tensor, Tensor]:
+    """A whole step whose tokens are the argmax: hidden states of all nodes, and the table of `_settle`."""
+    hidden_BNH = _forward(backbone, flat_4BN, lengths_B, visible, keys, values)
+    return hidden_BNH, _settle(backbone, flat_4BN, lengths_B, longest, hidden_BNH, None, keys, values, reads)

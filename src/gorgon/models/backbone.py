@@ -19,10 +19,10 @@ from gorgon.config import EMBEDDED, Dtype, Quantization, StepMode
 from gorgon.core.accept import ancestors
 from gorgon.errors import ModelError
 from gorgon.models.cache import TreeCache
-from gorgon.models.compiler import TensorFunction, pick_mode, step_function
+from gorgon.models.compiler import StepFunction, pick_mode, step_function
 from gorgon.models.families import attention_of, refuse_mismatch, refuse_other_results, refuse_unsupported
 from gorgon.models.graphs import CudaRecorder, Graphs
-from gorgon.models.linear import lay_out_linear_weights
+from gorgon.models.linear import lay_out_for_compiler, lay_out_linear_weights
 from gorgon.models.masks import additive, prompt_visibility, tree_visibility
 from gorgon.models.quantize import quantizer
 
@@ -98,7 +98,8 @@ class Backbone:
     steps: StepMode = "eager"
     quantization: Quantization = "none"
     graphs: Graphs | None = None
-    _functions: dict[TensorFunction, TensorFunction] = field(default_factory=dict)
+    _packed: bool = True
+    _functions: dict[StepFunction, StepFunction] = field(default_factory=dict)
 
     @property
     def hidden_size(self) -> int:
@@ -225,13 +226,15 @@ class Backbone:
         """
         self.steps, self._functions = pick_mode(mode, self.parameters, self.device), {}
         self.graphs = Graphs(CudaRecorder(self.device)) if self.steps == "captured" else None
-        if self.steps != "compiled":  # the compiler packs weights itself
+        if self.steps == "compiled":
+            self._packed = lay_out_for_compiler(self.model) == "packed"
+        else:
             lay_out_linear_weights(self.model)
 
-    def step_function(self, function: TensorFunction) -> TensorFunction:
-        """A function of a step as `run_steps` has it run; made once, so that engines on this backbone share it."""
+    def step_function(self, function: StepFunction) -> StepFunction:
+        """A function of a step on this backbone as `run_steps` has it run; made once, so that engines share it."""
         if function not in self._functions:
-            self._functions[function] = step_function(function, self.steps)
+            self._functions[function] = step_function(function, self, self.steps, packed=self._packed)
         return self._functions[function]
 
     @torch.inference_mode()

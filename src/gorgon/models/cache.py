@@ -7,6 +7,7 @@ size, N new rows of a sequence in a step, P accepted rows, S rows that a step's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,13 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         self._rows_B1: Tensor | None = None
         self._slots_BN: Tensor | None = None
         self._visible = 0
+
+    @classmethod
+    def over(cls, keys: Sequence[Tensor], values: Sequence[Tensor]) -> TreeCache:
+        """A cache on buffers that another one owns: what a step function is given."""
+        cache = cls(len(keys), keys[0].shape[0], keys[0].shape[2])
+        cache.keys, cache.values = list(keys), list(values)
+        return cache
 
     def place(self, slots_BN: Tensor, visible: int) -> None:
         """Says where the next forward writes: row `slots_BN[b, i]` of sequence b, and that it reads rows [0, visible).

@@ -6,6 +6,7 @@ step (docs/engine.md). `torch.compile` removes both; its code generator needs a 
 
 from __future__ import annotations
 
+import re
 import shutil
 import sysconfig
 import types
@@ -14,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gorgon.config import StepMode
 from gorgon.errors import MissingDependencyError
 
-TensorFunction = Callable[..., Tensor]
+StepFunction = Callable[..., Any]
 LARGEST_COMPILED = 300_000_000
 """Parameters up to which 'auto' compiles: compiled functions keep packed copies of the weights, and of a larger model's
 step the products are nearly all (docs/engine.md)."""
 RECOMPILES = 64
 """Shapes that are special to the compiler (one sequence or several, one node or several) times drafters that differ in
 what they read from the heads; torch's own limit of 8 would silently fall back to uncompiled steps."""
+
+
+SERIAL_ELEMENTS = 8192
+"""Elements per thread below which a fused loop runs on one thread: waking another takes longer."""
 
 
 def has_cpp_compiler() -> bool:
@@ -60,34 +64,47 @@ def pick_mode(mode: StepMode, parameters: int, device: torch.device) -> StepMode
     return mode
 
 
-def step_function(function: TensorFunction, mode: StepMode) -> TensorFunction:
-    """The function, run in that mode; sizes of batch, tree and context may change from call to call.
+def step_function(function: StepFunction, backbone: Any, mode: StepMode, *, packed: bool = True) -> StepFunction:
+    """The function on that backbone, run in that mode; sizes of batch, tree and context may change from call to call.
 
     In 'captured' mode it is the function itself: whole steps are captured where they are made (`decode.step`).
-    Args: function: its first argument is the backbone, always the same one.
+    Args:
+        function: of the backbone, then of tensors, numbers and tuples of tensors, so that few conditions guard a call.
+        packed: whether oneDNN packs the weights of 'compiled' functions; if not, MKL takes them as they lie.
     Raises (when called): MissingDependencyError when the C++ compiler cannot build what torch generates.
     """
+
+    def bound(*arguments: Any) -> Any:
+        return function(backbone, *arguments)
+
     if mode in ("eager", "captured"):
-        return function
+        return bound
     import torch._dynamo.exc  # seconds, so not at the top
     import torch._inductor.exc
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
+    own = _own_code(bound)
     if mode == "recorded":
-        recorded: TensorFunction = torch.compile(function, backend="eager", dynamic=True)
+        recorded: StepFunction = torch.compile(
+            own, backend="eager", dynamic=True, options={"guard_filter_fn": _about_the_arguments}
+        )
         return recorded
-    # Freezing makes the weights constants, so that oneDNN packs them for products of few rows and the compiler joins
-    # projections of the same input. It keeps packed copies: see `LARGEST_COMPILED`. The setting is global because the
-    # tracer reads it before an option of `torch.compile` takes effect.
+    # Freezing makes the weights constants, so that the compiler joins projections of the same input, and oneDNN packs
+    # them for products of few rows. It keeps copies: see `LARGEST_COMPILED`. The settings are global because the tracer
+    # reads them before an option of `torch.compile` takes effect.
     from torch._inductor import config as inductor
 
     inductor.freezing = True
     inductor.cpp.enable_concat_linear = True
-    compiled: TensorFunction = torch.compile(
-        _copy_of(function), dynamic=True, options={"guard_filter_fn": _not_about_the_backbone}
-    )
+    options: dict[str, Any] = {
+        "guard_filter_fn": _about_the_arguments,
+        "cpp_wrapper": True,  # the kernels are called from C++: Python would take a fifth of a small model's step
+        "cpp.min_chunk_size": SERIAL_ELEMENTS,
+        "cpp.weight_prepack": packed,
+    }
+    compiled: StepFunction = torch.compile(own, dynamic=True, options=options)
 
-    def run(*arguments: Any) -> Tensor:
+    def run(*arguments: Any) -> Any:
         try:
             return compiled(*arguments)
         except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.InductorError) as error:
@@ -99,18 +116,21 @@ def step_function(function: TensorFunction, mode: StepMode) -> TensorFunction:
     return run
 
 
-def _copy_of(function: TensorFunction) -> TensorFunction:
+def _own_code(function: StepFunction) -> StepFunction:
     """The same function with code of its own: what is compiled belongs to code, so backbones never share it."""
     assert isinstance(function, types.FunctionType)
-    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    copy.__kwdefaults__, copy.__defaults__ = function.__kwdefaults__, function.__defaults__
-    return copy
+    return types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
+    )
 
 
-def _not_about_the_backbone(guards: Sequence[Any]) -> list[bool]:
-    """Which conditions are checked at each call: those on the arguments.
+def _about_the_arguments(guards: Sequence[Any]) -> list[bool]:
+    """Which conditions are checked at each call: sizes, and those on the arguments.
 
-    By default every attribute of every module is looked at again: 0.2 ms for four layers. A copy of the code is
-    compiled for each backbone, and a backbone is frozen, so nothing that hangs from it, or from globals, changes.
+    By default every attribute of every module is looked at again, 0.2 to 0.4 ms for four layers. Code is compiled for
+    each backbone on its own, and a backbone is frozen, so nothing that hangs from it changes.
     """
-    return ["L['backbone']" not in guard.name and "G[" not in guard.name for guard in guards]
+    return [
+        guard.guard_type == "SHAPE_ENV" or re.split(r"[.\[]", guard.name, maxsplit=1)[0] == "arguments"
+        for guard in guards
+    ]

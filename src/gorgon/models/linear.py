@@ -9,6 +9,7 @@ Shapes: R rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -50,6 +51,39 @@ def lay_out_linear_weights(model: nn.Module) -> dict[str, Layout]:
 
     Invariant: the products stay the same up to rounding.
     """
+    chosen: dict[str, Layout] = {}
+    for (outputs, inputs), places in _by_shape(model).items():
+        layout = _fastest_layout([layer for _, _, layer in places])
+        chosen[f"{outputs}x{inputs}"] = layout
+        for parent, name, layer in places:
+            if layout == "packed":
+                setattr(parent, name, PackedLinear(layer))
+            elif layout == "transposed":
+                _transpose(layer)
+    return chosen
+
+
+def lay_out_for_compiler(model: nn.Module) -> Layout:
+    """One layout for all float32 CPU linear layers, the faster one in sum; 'packed' is left for the compiler to do.
+
+    A compiled step packs either all weights or none. Invariant: the products stay the same up to rounding.
+    """
+    spent: dict[Layout, float] = {"packed": 0.0, "transposed": 0.0}
+    shapes = _by_shape(model)
+    for places in shapes.values():
+        times = _time_layouts([layer for _, _, layer in places])
+        for layout in spent:
+            spent[layout] += times.get(layout, math.inf) * len(places)
+    if not shapes or spent["packed"] <= spent["transposed"]:
+        return "packed"
+    for places in shapes.values():
+        for _, _, layer in places:
+            _transpose(layer)
+    return "transposed"
+
+
+def _by_shape(model: nn.Module) -> dict[tuple[int, int], list[tuple[nn.Module, str, nn.Linear]]]:
+    """The layers that may be laid out, with their parents and names there, by (outputs, inputs)."""
     shapes: dict[tuple[int, int], list[tuple[nn.Module, str, nn.Linear]]] = {}
     for parent in model.modules():
         for name, child in parent.named_children():
@@ -57,16 +91,12 @@ def lay_out_linear_weights(model: nn.Module) -> dict[str, Layout]:
                 continue
             if child.weight.device.type == "cpu" and child.weight.dtype == torch.float32:
                 shapes.setdefault((child.out_features, child.in_features), []).append((parent, name, child))
-    chosen: dict[str, Layout] = {}
-    for (outputs, inputs), places in shapes.items():
-        layout = _fastest_layout([layer for _, _, layer in places])
-        chosen[f"{outputs}x{inputs}"] = layout
-        for parent, name, layer in places:
-            if layout == "packed":
-                setattr(parent, name, PackedLinear(layer))
-            elif layout == "transposed":
-                layer.weight.data = _transposed(layer.weight.data)
-    return chosen
+    return shapes
+
+
+def _transpose(layer: nn.Linear) -> None:
+    """Stores the layer's weight by column; an embedding that shared it keeps its rows, which it reads one by one."""
+    layer.weight = nn.Parameter(_transposed(layer.weight.detach()), requires_grad=False)
 
 
 def _transposed(weight_OI: Tensor) -> Tensor:
@@ -74,8 +104,14 @@ def _transposed(weight_OI: Tensor) -> Tensor:
     return weight_OI.t().contiguous().t()
 
 
-@torch.inference_mode()
 def _fastest_layout(layers: list[nn.Linear]) -> Layout:
+    times = _time_layouts(layers)
+    return min(times, key=lambda layout: times[layout])
+
+
+@torch.inference_mode()
+def _time_layouts(layers: list[nn.Linear]) -> dict[Layout, float]:
+    """Seconds for one layer of that shape in each layout, summed over `ROWS`."""
     weight_OI = layers[0].weight
     count = min(len(layers), max(1, SAMPLE_BYTES // (weight_OI.numel() * 4)))
     weights = [layer.weight.detach() for layer in layers[:count]]
@@ -98,5 +134,5 @@ def _fastest_layout(layers: list[nn.Linear]) -> Layout:
                 if trial:  # the first pass builds kernels
                     times[layout].append(time.perf_counter() - start)
         for layout, samples in times.items():
-            spent[layout] += statistics.median(samples)
-    return min(spent, key=lambda layout: spent[layout])
+            spent[layout] += statistics.median(samples) / count
+    return spent
