@@ -38,7 +38,11 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     @classmethod
     def over(cls, keys: Sequence[Tensor], values: Sequence[Tensor]) -> TreeCache:
         """A cache on buffers that another one owns: what a step function is given."""
-        cache = cls(len(keys), keys[0].shape[0], keys[0].shape[2])
+        sequences, capacity = keys[0].shape[0], keys[0].shape[2]
+        for buffer in (*keys, *values):  # one number each to the compiler, not one for every buffer
+            torch._check(buffer.shape[0] == sequences)
+            torch._check(buffer.shape[2] == capacity)
+        cache = cls(len(keys), sequences, capacity)
         cache.keys, cache.values = list(keys), list(values)
         return cache
 

@@ -83,6 +83,7 @@ def step_function(function: StepFunction, backbone: Any, mode: StepMode, *, pack
     import torch._inductor.exc
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
+    torch._dynamo.config.specialize_float = True  # else the modules' own numbers are made tensors at every call
     own = _own_code(bound)
     if mode == "recorded":
         recorded: StepFunction = torch.compile(

@@ -15,16 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from gorgon.core.draft import Draft
 from gorgon.core.sampling import GREEDY, Sampling
 from gorgon.data.chat import encode_prompt
-from gorgon.decode.drafts import Drafter
 from gorgon.decode.engine import Engine
 from gorgon.decode.grammar import Grammars
-from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.request import Request
 from gorgon.decode.slots import Slots
-from gorgon.decode.step import HeadChoices
 from gorgon.errors import GorgonError
 from gorgon.serve.errors import BusyError, InternalError, UnavailableError
 from gorgon.serve.jobs import Job, Submission
@@ -249,19 +245,16 @@ def _hand_out(sent: Sent) -> None:
 def _warm_up(lane: Lane, *, full: bool) -> None:
     """Decodes a few tokens in every way that steps are compiled for, so that nobody waits for it later.
 
-    A compiler makes a version of its own for one row and for several, for one node and for several, for sampled tokens,
-    and for each number of heads that is read; also for a prompt of which one token is left to read.
+    A compiler makes a version of its own for one row and for several, for plain decoding and for drafts, for one head
+    and for several, and for sampled tokens.
     Args: full: false decodes one request only, which allocates the buffers.
     """
     slots = lane.slots
     engine = slots.engine
     prompt = encode_prompt(engine.backbone.tokenizer, [{"role": "user", "content": "Hello"}])
     prompt = prompt[: max(slots.context - WARM_TOKENS, 1)]
-    for drafting in (engine, roots_of(engine)) if full else (engine,):
-        slots.use(drafting)
-        for sampling in (GREEDY, Sampling(temperature=1.0, seed=0)) if full else (GREEDY,):
-            _fill(slots, Request(prompt, slots.context, sampling=sampling, ignore_end=True), slots.count if full else 1)
-    slots.use(engine)
+    for sampling in (GREEDY, Sampling(temperature=1.0, seed=0)) if full else (GREEDY,):
+        _fill(slots, Request(prompt, slots.context, sampling=sampling, ignore_end=True), slots.count if full else 1)
 
 
 def _fill(slots: Slots, request: Request, count: int) -> None:
@@ -270,8 +263,7 @@ def _fill(slots: Slots, request: Request, count: int) -> None:
     made = []
     for _ in range(count):
         made.append(slots.admit(request))
-        if not slots.read_prompt(1):
-            slots.read_prompt()
+        slots.read_prompt()
         if len(made) in sizes:
             for _ in range(WARM_STEPS):
                 slots.step()
@@ -279,18 +271,3 @@ def _fill(slots: Slots, request: Request, count: int) -> None:
         slots.drop(running)
         if running.error is not None:
             raise running.error
-
-
-def roots_of(engine: Engine) -> Engine:
-    """The engine as it steps when its drafters find nothing to draft: the same heads are read, of a root alone."""
-    return engine.with_drafter({size: _Root(drafter) for size, drafter in engine.drafters.items()})
-
-
-class _Root:
-    """Drafts nothing, and reads what another drafter reads."""
-
-    def __init__(self, drafter: Drafter) -> None:
-        self.nodes, self.heads, self.width, self.copies = drafter.nodes, drafter.heads, drafter.width, drafter.copies
-
-    def draft(self, root: int, _choices: HeadChoices | None, _context: NgramIndex | None) -> Draft:
-        return Draft([root])
