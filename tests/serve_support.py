@@ -6,6 +6,7 @@ import http.client
 import json
 import random
 import socket
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from gorgon.models.backbone import load_backbone
 from gorgon.serve.app import make_app
 from gorgon.serve.metrics import Meter
 from gorgon.serve.scheduler import Scheduler
-from gorgon.serve.server import http_config
+from gorgon.serve.server import SWITCH_S, _listen, http_config
 from gorgon.serve.settings import ServeConfig
 
 SCHEMA = "CREATE TABLE head (age INTEGER, name VARCHAR, born_state VARCHAR)"
@@ -76,7 +77,7 @@ def alone(engine, request):
 
 def config(**settings):
     """Small settings for tests."""
-    return ServeConfig(**{"model": "embedded", "slots": 4, "context": 512, "prefill_chunk": 32, **settings})
+    return ServeConfig(**{"model": "embedded", "port": 0, "slots": 4, "context": 512, "prefill_chunk": 32, **settings})
 
 
 @contextlib.contextmanager
@@ -107,19 +108,26 @@ def scheduler(engine, **settings):
 
 
 @contextlib.contextmanager
-def server(engine, **settings):
-    """The whole application behind a socket: url, port, scheduler."""
+def server(engine, *, load=None, send_buffer=None, **settings):
+    """The whole application behind a socket: url, port, scheduler. With a `load` of the test's it is not waited for.
+
+    Args: send_buffer: bytes that the kernel keeps of an answer that nobody reads; megabytes unless given.
+    """
     settings = config(**settings)
+    sys.setswitchinterval(SWITCH_S)  # as `serve` does; it stays so for this process's other servers
     meter = Meter()
-    made = Scheduler(lambda: engine, settings, meter)
-    listener = socket.create_server(("127.0.0.1", 0))
+    made = Scheduler(load or (lambda: engine), settings, meter)
+    listener = _listen(settings)
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it
     port = listener.getsockname()[1]
     options = http_config(make_app(settings, made, meter), settings)
     running = uvicorn.Server(options)
     thread = threading.Thread(target=lambda: asyncio.run(running.serve([listener])), daemon=True)
     thread.start()
-    wait_for(lambda: made.state != "loading")
-    assert made.state == "ready", made.failure
+    if load is None:
+        wait_for(lambda: made.state != "loading")
+        assert made.state == "ready", made.failure
     try:
         yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, scheduler=made, meter=meter, engine=engine)
     finally:

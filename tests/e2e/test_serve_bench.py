@@ -1,15 +1,18 @@
 """`gorgon bench` against the real server: numbers that add up, answers compared, faults counted, bad input refused."""
 
 import json
+import socket
 import threading
+import time
 
 import pytest
 
+from gorgon.bench import load_run
 from gorgon.bench.load import Level, run_level
 from gorgon.bench.load_client import HttpTransport, Outcome, body_of
 from gorgon.bench.load_report import percentiles, render, summarize
 from gorgon.bench.load_run import bench
-from gorgon.errors import DataError, GorgonError
+from gorgon.errors import DataError, GorgonError, RefusedError
 from tests.e2e.conftest import gorgon
 from tests.serve_support import QUESTIONS, SCHEMA, make_engine, server
 
@@ -35,6 +38,7 @@ def test_levels_add_up_and_answers_stay_the_same(served, prompts, tmp_path, api)
     for row, level in zip(document["levels"], levels, strict=True):
         assert (row["answers"], row["errors"], row["exact_match"]) == (level.requests, {}, 1.0)
         assert 0 < row["first_token_ms"]["max"] <= row["latency_ms"]["max"]
+        assert 0 < row["token_ms"]["mean"] < row["latency_ms"]["mean"]
         assert row["tokens"] > row["answers"]
         assert ("tokens_per_step" in row) == (api != "tgi")
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
@@ -65,6 +69,50 @@ def test_refusals_are_counted_by_kind(served):
     assert row["answers"] + row["errors"]["429"] == 12 and row["answers"] >= 1
 
 
+def test_times_and_rates_are_what_they_are_called():
+    """Two answers of 5 and 9 tokens, their first after 0.2 and 0.4 s, their last after 1.0 and 2.0 s; one refusal."""
+    outcomes = [
+        Outcome(0, 0.0, first_s=0.2, seconds=1.0, tokens=5, steps=2, text="a"),
+        Outcome(1, 0.5, first_s=0.4, seconds=2.0, tokens=9, steps=4, text="b"),
+        Outcome(0, 0.6, seconds=0.1, error="429"),
+    ]
+    row = summarize(Level(3, clients=2), outcomes, {0: "a", 1: "c"})
+    assert row["first_token_ms"]["mean"] == 300.0 and row["latency_ms"]["mean"] == 1500.0
+    assert row["token_ms"] == {"mean": 200.0, "p50": 200.0, "p90": 200.0, "p99": 200.0, "max": 200.0}
+    assert (row["seconds"], row["tokens"], row["tokens_per_s"], row["requests_per_s"]) == (2.5, 14, 5.6, 0.8)
+    assert row["tokens_per_step"] == 2.0  # 12 tokens of 6 steps; the first ones come from the prompts
+    assert (row["answers"], row["errors"], row["exact_match"]) == (2, {"429": 1}, 0.5)
+
+
+def test_warm_up_progress_and_levels(served, monkeypatch):
+    """The warm-up comes first and is in no row; the bar counts both."""
+    bars = []
+
+    class Counting:
+        def __init__(self, title, total):
+            self.total, self.done, self.notes = total, 0, []
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def advance(self, amount=1):
+            self.done += amount
+
+        def note(self, text):
+            self.notes.append((self.done, text))
+
+    monkeypatch.setattr(load_run, "bar", Counting)
+    document = bench(served.url, levels=[Level(3), Level(4, clients=2), Level(2, rate=100.0)], max_tokens=2, warmup=5)
+    assert [row["requests"] for row in document["levels"]] == [3, 4, 2]
+    (counted,) = bars
+    assert counted.total == counted.done == 14
+    assert counted.notes == [(5, "1 client"), (8, "2 clients"), (12, "100 per second")]
+
+
 class _Broken:
     """A transport that yields these lines, or raises."""
 
@@ -79,6 +127,43 @@ class _Broken:
 
     def close(self):
         pass
+
+
+def test_refused_clients_come_back_when_they_are_told_to():
+    moments = []
+
+    class Refusing(_Broken):
+        def lines(self, _body):
+            moments.append(time.monotonic())
+            if len(moments) == 1:
+                raise RefusedError(429, "", retry_after_s=0.3)
+            yield b'data: {"choices": [{"text": "a"}]}\n'
+            yield b"data: [DONE]\n"
+
+    assert [o.error for o in run_level(Level(2), [{}], lambda: Refusing([]))] == ["429", ""]
+    assert moments[1] - moments[0] >= 0.3
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "cannot be reached"), (b"", "cannot be reached"),
+        (b"HTTP/1.1 404 Not Found\r\ncontent-length: 9\r\n\r\nnot here!", "404"),
+        (b"HTTP/1.1 401 Unauthorized\r\ncontent-length: 2\r\n\r\n{}", "401"),
+    ],
+)  # fmt: skip
+def test_a_first_request_that_fails_ends_the_command_with_the_reason(answer, words):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(GorgonError, match=words):
+            bench(f"http://127.0.0.1:{listener.getsockname()[1]}", levels=[Level(1)], timeout_s=5)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +188,6 @@ def test_an_open_loop_counts_the_time_in_the_queue():
 
     class Slow(_Broken):
         def lines(self, _body):
-            import time
-
             with lock:
                 time.sleep(0.02)
             yield b'data: {"choices": [{"text": "a"}]}\n'

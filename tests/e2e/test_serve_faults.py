@@ -12,7 +12,7 @@ from tests.serve_support import ask, get, make_engine, post, server, wait_for
 
 @pytest.fixture(scope="module")
 def served():
-    with server(make_engine(), slots=2, queue=200, max_body_bytes=100_000) as running:
+    with server(make_engine(), slots=2, queue=200, max_body_bytes=100_000, send_buffer=8192) as running:
         yield running
         assert running.scheduler.state == "ready"
         assert get(running, "/ping")[0] == 200
@@ -95,6 +95,11 @@ def _request(body):
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnects_leave_no_slot_taken(served, stream):
     data = _request(ask(max_tokens=400, ignore_eos=True, stream=stream))
+
+    def ended(how):
+        return served.meter.registry.get_sample_value("gorgon_answers_total", {"finish": how}) or 0.0
+
+    whole, left = ended("length"), ended("CancelledError")
     for i in range(50):
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
             connection.sendall(data)
@@ -103,11 +108,18 @@ def test_disconnects_leave_no_slot_taken(served, stream):
             if stream and i % 5 == 0:
                 connection.recv(100)
     wait_for(lambda: served.scheduler.active == served.scheduler.queued == 0, 20)
+    assert ended("length") == whole and ended("CancelledError") >= left + 10, "answers went on for nobody"
     assert post(served, "/v1/chat/completions", ask(max_tokens=2))[0] == 200
 
 
 def test_a_slow_reader_slows_nobody(served):
     data = _request(ask(max_tokens=450, ignore_eos=True, stream=True, logprobs=True, top_logprobs=20))
+
+    def answered():
+        labels = {"route": "/v1/chat/completions", "status": "200"}
+        return served.meter.registry.get_sample_value("gorgon_http_requests_total", labels) or 0
+
+    before = answered()
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", served.port))
@@ -125,6 +137,7 @@ def test_a_slow_reader_slows_nobody(served):
             thread.join(30)
         assert answers == [200] * 4
         wait_for(lambda: served.scheduler.active == 0, 30)  # its answer is complete although nobody reads it
+        assert answered() == before + 4  # and the rest of it waits to be sent
         received = b""
         slow.settimeout(20)
         while not received.endswith(b"0\r\n\r\n"):

@@ -25,18 +25,13 @@ def prompt(served):
     return served.engine.backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def test_ping_is_fast_and_honest(served, monkeypatch):
-    assert get(served, "/ping")[0] == 200
-    monkeypatch.setattr(served.scheduler, "_turn_began", 0.0)  # a turn that began when the machine started
-    status, _, body = get(served, "/ping")
-    assert (status, body["error"]["message"]) == (503, "the engine is stuck")
-    monkeypatch.undo()
-    for state in ("loading", "failed", "stopped"):
+def test_a_draining_server_still_answers_probes_and_no_one_else(served, monkeypatch):
+    """Loading, warming up and hanging are in `test_serve_operations.py`."""
+    for state, ping in (("ready", 200), ("draining", 200), ("failed", 503), ("stopped", 503)):
         monkeypatch.setattr(served.scheduler, "state", state)
-        assert get(served, "/ping")[0] == 503
-        assert post(served, "/invocations", ask())[0] == 503
-    monkeypatch.undo()
-    assert get(served, "/ping")[0] == 200
+        assert get(served, "/ping")[0] == get(served, "/health")[0] == ping
+        for body in (ask(max_tokens=1), {"inputs": "x", "parameters": {"max_new_tokens": 1}}):
+            assert post(served, "/invocations", body)[0] == (200 if state == "ready" else 503)
 
 
 def test_chat_and_completions_bodies(served):

@@ -99,15 +99,35 @@ def test_rows_of_earlier_prompts_are_used_again_and_change_nothing(engine):
             assert reused == [0] * 6
 
 
+def test_a_thread_that_ends_leaves_nobody_waiting(engine):
+    """Whatever ends it: the server says so, and whoever waits is told."""
+    request = Request(chat_ids(engine, "How many?"), 100, ignore_end=True)
+    with scheduler(engine, slots=1) as (made, run):
+
+        def broken(*_):
+            raise RuntimeError("injected")
+
+        made.meter.load = broken
+        errors = [end.error for _, end in run(collect(made, [request, request]))]
+        assert [type(error) for error in errors] == [UnavailableError] * 2
+        assert made.state == "failed"
+        with pytest.raises(UnavailableError, match="the engine has failed"):
+            made.check_alive()
+
+
 def test_a_full_queue_refuses_and_says_when_to_come_back(engine):
     request = Request(chat_ids(engine, "How many?"), 60, ignore_end=True)
     with scheduler(engine, slots=1, queue=2) as (made, run):
 
         async def overload():
             submission = made.submit([Job(request, time.monotonic() + 60) for _ in range(3)])
-            with pytest.raises(BusyError) as refused:
-                made.submit([Job(request, time.monotonic() + 60)])
-            assert 1 <= refused.value.retry_after_s <= 60
+            while made.active == 0:
+                await asyncio.sleep(0)
+            for recent, wait in ((0.01, 1), (7.0, 21), (500.0, 60)):  # two wait before it, and its own time
+                made.meter.recent_answer_s = recent
+                with pytest.raises(BusyError) as refused:
+                    made.submit([Job(request, time.monotonic() + 60)])
+                assert refused.value.retry_after_s == wait
             ends = [e async for _, e in submission.events() if isinstance(e, End)]
             assert [e.error for e in ends] == [None] * 3
 
@@ -124,7 +144,10 @@ def test_deadlines_free_slots_and_queue_places(engine):
         assert run(collect(made, [Request(endless.prompt_ids, 5)]))[0][1].error is None
 
 
-def test_a_cancelled_request_leaves_within_one_step(engine):
+@pytest.mark.parametrize(
+    ("change", "error"), [({"cancelled": True}, CancelledError), ({"deadline": 0.0}, DeadlineError)]
+)
+def test_who_leaves_or_is_late_is_gone_within_one_step(engine, change, error):
     endless = Request(chat_ids(engine, "How many?"), 480, ignore_end=True)
     with scheduler(engine, slots=1) as (made, run):
 
@@ -137,12 +160,13 @@ def test_a_cancelled_request_leaves_within_one_step(engine):
                 if isinstance(event, End):
                     return before, event
                 if before is None:
-                    submission.cancel()
+                    for field, value in change.items():
+                        setattr(submission.jobs[0], field, value)
                     before = steps()
             raise AssertionError("a submission ended without an end")
 
         before, end = run(leave())
-        assert isinstance(end.error, CancelledError)
+        assert isinstance(end.error, error)
         assert steps() - before <= 1  # the step that was under way
 
 

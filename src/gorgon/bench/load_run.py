@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -116,8 +117,9 @@ def _try(url: str, transport: Transport, body: Mapping[str, Any]) -> None:
     try:
         for _ in transport.lines(body):
             pass
-    except OSError as error:
-        raise GorgonError(f"the server cannot be reached: {error.strerror or error}", field="url", value=url,
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise GorgonError(f"the server cannot be reached: {reason}", field="url", value=url,
                           hint="is it running, and is the address right?") from error  # fmt: skip
     finally:
         transport.close()

@@ -69,5 +69,7 @@ def make_app(
             return HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY,
                                                "x-content-type-options": "nosniff"})  # fmt: skip
 
-    app.add_middleware(Gate, meter=meter, api_key=config.api_key, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(
+        Gate, meter=meter, api_key=config.api_key, max_body_bytes=config.max_body_bytes, check_room=scheduler.check_room
+    )
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -9,6 +10,7 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gorgon.errors import GorgonError
 from gorgon.serve.errors import InternalError, TooLargeError, UnauthorizedError
 from gorgon.serve.metrics import Meter
-from gorgon.serve.problems import problem_response
+from gorgon.serve.problems import LOGGED, note, problem_response
 
 OPEN = frozenset({"/", "/ping", "/health", "/metrics"})
 """Paths that need no key: probes, and the page, which asks for the key itself."""
@@ -26,6 +28,9 @@ ROUTES = frozenset({*OPEN, "/v1/models", "/v1/completions", "/v1/chat/completion
 """Labels in the metrics; anything else is counted as one, so that strangers cannot make labels."""
 QUIET = frozenset({"/ping", "/health", "/metrics"})
 """Paths that are asked every few seconds; they are logged only when they fail."""
+CROWDED = frozenset({"/v1/completions", "/v1/chat/completions"})
+"""Paths that are refused before their body is looked at while no place is left: a crowd of refused clients must not
+take the interpreter from the engine."""
 MOST_DISCARDED = 8
 """Bodies up to this many times the limit are read to their end and dropped, so that the client hears why."""
 log = logging.getLogger("gorgon.serve")
@@ -58,8 +63,11 @@ def start_log() -> None:
 class Gate:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, meter: Meter, api_key: str | None, max_body_bytes: int) -> None:
-        self._app, self._meter, self._max_body_bytes = app, meter, max_body_bytes
+    def __init__(
+        self, app: ASGIApp, meter: Meter, api_key: str | None, max_body_bytes: int, check_room: Callable[[], None]
+    ) -> None:
+        """Args: check_room: raises BusyError while no answer can be queued."""
+        self._app, self._meter, self._max_body_bytes, self._check_room = app, meter, max_body_bytes, check_room
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,6 +79,8 @@ class Gate:
         given = headers.get("x-request-id") or headers.get("x-amzn-sagemaker-inference-id") or ""
         request_id = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
         start, status = time.monotonic(), 499
+        fields: dict[str, object] = {"request_id": request_id, "method": scope["method"], "path": scope["path"]}
+        LOGGED.set(fields)
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -83,6 +93,8 @@ class Gate:
             await self._pass(scope, headers, receive, sending)
         except GorgonError as error:
             await problem_response(error)(scope, receive, sending)
+        except asyncio.CancelledError:  # the drain is over; the connection is closed behind us
+            note("cut off: the server has stopped")
         except Exception:
             log.exception("a request failed", extra={"fields": {"request_id": request_id}})
             if status == 499:
@@ -91,10 +103,8 @@ class Gate:
             path = scope["path"]
             self._meter.request(path if path in ROUTES else "other", status)
             if path not in QUIET or status >= 400:
-                log.info("request", extra={"fields": {
-                    "request_id": request_id, "method": scope["method"], "path": path, "status": status,
-                    "seconds": round(time.monotonic() - start, 4),
-                }})  # fmt: skip
+                fields |= {"status": status, "seconds": round(time.monotonic() - start, 4)}
+                log.info("request", extra={"fields": fields})
 
     async def _pass(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         if self._key is not None and scope["path"] not in OPEN:
@@ -106,6 +116,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         body, ended = await self._body(receive)
+        if scope["path"] in CROWDED:
+            self._check_room()
 
         async def replay() -> Message:
             nonlocal body

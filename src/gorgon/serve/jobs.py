@@ -49,12 +49,14 @@ class Job:
         stream: tells the answers of one request apart, for sampling.
         deadline: on `time.monotonic`'s clock.
         lane: 'main', or 'plain' for plain decoding in a slot of its own.
+        request_id: the HTTP request's, for the log.
     """
 
     request: Request
     deadline: float
     stream: int = 0
     lane: str = "main"
+    request_id: str = ""
     cancelled: bool = False
     submitted: float = field(default_factory=time.monotonic)
     submission: Submission | None = None

@@ -1,17 +1,19 @@
 """A lane: the engine's slots and the jobs that wait for them or have them; one turn is some prefill and one step.
 
-Between two steps at most `chunk` prompt tokens are read, so a long prompt delays the others' next tokens by one chunk.
+Between two steps at most `chunk` tokens are read, of at most as many prompts as there are slots: neither a long prompt
+nor many short ones delay the others' next tokens by more than that. Jobs get slots in the order in which they came.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 
 from gorgon.decode.request import Generation
 from gorgon.decode.slots import Running, Slots
 from gorgon.errors import GorgonError
-from gorgon.serve.errors import CancelledError, DeadlineError
+from gorgon.serve.errors import CancelledError, DeadlineError, UnavailableError
 from gorgon.serve.jobs import End, Event, Job, Tokens
 from gorgon.serve.metrics import Meter
 
@@ -33,6 +35,7 @@ class Lane:
         self.slots, self._chunk, self._meter = slots, chunk, meter
         self.waiting: deque[Job] = deque()
         self.spent = 0.0  # seconds of the machine that this lane has had
+        self.until = math.inf  # when every job ends, on `time.monotonic`'s clock; another thread sets it for a drain
         self._seats: dict[Running, Seat] = {}
 
     @property
@@ -67,24 +70,41 @@ class Lane:
             self._report(running, sent)
         return sent
 
+    @property
+    def request_ids(self) -> list[str]:
+        """The HTTP requests whose jobs have a slot, for the log."""
+        return sorted({seat.job.request_id for seat in self._seats.values()})
+
     def _clear(self, sent: Sent, now: float) -> None:
         for job in list(self.waiting):
-            if job.cancelled or job.deadline < now:
+            if (error := self._over(job, now)) is not None:
                 self.waiting.remove(job)
-                sent.append((job, End(Generation(), _why(job))))
+                self._refuse(job, sent, error)
         for running, seat in list(self._seats.items()):
-            if seat.job.cancelled or seat.job.deadline < now:
-                self._leave(running, sent, _why(seat.job))
+            if (error := self._over(seat.job, now)) is not None:
+                self._leave(running, sent, error)
+
+    def _over(self, job: Job, now: float) -> GorgonError | None:
+        """Why the job ends before its answer is complete, if it does."""
+        if job.cancelled:
+            return CancelledError("the client closed the connection")
+        if job.deadline < now:
+            seconds = job.deadline - job.submitted
+            return DeadlineError("the answer was not complete in time", field="deadline_s", value=f"{seconds:g} s")
+        if self.until < now:
+            return UnavailableError("the server is shutting down")
+        return None
 
     def _read_prompts(self, sent: Sent) -> None:
-        budget = self._chunk
-        while budget > 0:
+        budget, prompts = self._chunk, self.slots.count  # a prompt costs a pass, however few of its tokens are new
+        while budget > 0 and prompts > 0:
             if self.slots.entering is None and not self._seat_next(sent):
                 return
             running = self.slots.entering
             assert running is not None
             before = running.read
             if self.slots.read_prompt(budget):
+                prompts -= 1
                 self._meter.prompt_read(running)
                 self._report(running, sent)
             budget -= running.read - before
@@ -95,7 +115,7 @@ class Lane:
             try:
                 running = self.slots.admit(job.request, stream=job.stream)
             except GorgonError as error:  # the HTTP side checks first; this is the engine's own word
-                sent.append((job, End(Generation(), error)))
+                self._refuse(job, sent, error)
                 continue
             self._seats[running] = Seat(job, self.spent)
             self._meter.seated(job)
@@ -116,6 +136,11 @@ class Lane:
         if running.done:
             self._leave(running, sent, running.error)
 
+    def _refuse(self, job: Job, sent: Sent, error: GorgonError) -> None:
+        """Ends a job that never had a slot."""
+        self._meter.refused(error)
+        sent.append((job, End(Generation(), error)))
+
     def _leave(self, running: Running, sent: Sent, error: GorgonError | None) -> None:
         seat = self._seats.pop(running)
         self.slots.drop(running)
@@ -128,12 +153,5 @@ class Lane:
         for running in list(self._seats):
             self._leave(running, sent, error)
         while self.waiting:
-            sent.append((self.waiting.popleft(), End(Generation(), error)))
+            self._refuse(self.waiting.popleft(), sent, error)
         return sent
-
-
-def _why(job: Job) -> GorgonError:
-    if job.cancelled:
-        return CancelledError("the client closed the connection")
-    seconds = job.deadline - job.submitted
-    return DeadlineError("the answer was not complete in time", field="deadline_s", value=f"{seconds:g} s")

@@ -77,6 +77,10 @@ class Meter:
         self._prompt.inc(len(running.request.prompt_ids) - reused)
         self._reused.inc(reused)
 
+    def refused(self, error: GorgonError) -> None:
+        """A job ended before it had a slot."""
+        self._answers.labels(type(error).__name__).inc()
+
     def left(self, job: Job, running: Running, error: GorgonError | None) -> None:
         """A job gave its slot back."""
         generation = running.generation

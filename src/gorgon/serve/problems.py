@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -26,6 +27,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+LOGGED: ContextVar[dict[str, Any]] = ContextVar("LOGGED")
+"""What the log line of the request that is being answered will say beside the usual; the gate makes one per request."""
 _UNION = re.compile(r"[\[-]")
 
 
@@ -42,7 +45,15 @@ def problem(error: GorgonError) -> dict[str, Any]:
 
 
 def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    return {"error": {"message": _safe(message), "type": kind, "param": param and _safe(param), "code": code}}
+    message = _safe(message)
+    note(message)
+    return {"error": {"message": message, "type": kind, "param": param and _safe(param), "code": code}}
+
+
+def note(message: str) -> None:
+    """Puts into the log why the request has no whole answer; a stream's status cannot say it."""
+    if (fields := LOGGED.get(None)) is not None:
+        fields["error"] = message
 
 
 def _safe(text: str) -> str:

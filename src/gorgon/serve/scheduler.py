@@ -113,15 +113,18 @@ class Scheduler:
         submission = Submission(jobs)
         with self._changed:
             for name in {job.lane for job in jobs}:
-                lane = self.lanes[name]
-                new = sum(job.lane == name for job in jobs)
-                free = max(lane.slots.count - lane.active, 0)
-                if len(lane.waiting) + new > self.config.queue + free:
-                    raise BusyError(len(lane.waiting), self._retry_after(lane))
+                self.check_room(name, sum(job.lane == name for job in jobs))
             for job in jobs:
                 self.lanes[job.lane].waiting.append(job)
             self._changed.notify()
         return submission
+
+    def check_room(self, name: str = "main", new: int = 1) -> None:
+        """Raises: BusyError when a lane has no place for that many new jobs."""
+        if (lane := self.lanes.get(name)) is not None:
+            free = max(lane.slots.count - lane.active, 0)
+            if len(lane.waiting) + new > self.config.queue + free:
+                raise BusyError(len(lane.waiting), self._retry_after(lane))
 
     def _retry_after(self, lane: Lane) -> int:
         """Seconds until a place in the queue should be free, by how long answers took lately."""
@@ -129,12 +132,17 @@ class Scheduler:
         return min(max(math.ceil(turns * self.meter.recent_answer_s), 1), 60)
 
     def drain(self) -> None:
-        """From now on new jobs are refused; those that were taken go on."""
+        """From now on new jobs are refused; those that were taken go on for up to `drain_s`, then end with an error."""
         if self.state == "ready":
             self.state = "draining"
+            for lane in self.lanes.values():
+                lane.until = time.monotonic() + self.config.drain_s
 
-    def stop(self, timeout: float = 10.0) -> None:
-        """Ends the thread after its turn; jobs that are left end with an error."""
+    def stop(self, timeout: float = 2.0) -> None:
+        """Ends the thread after its turn; jobs that are left end with an error.
+
+        Args: timeout: seconds that a turn gets.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -148,23 +156,29 @@ class Scheduler:
             self.failure, self.state = error, "failed"
             self._call(self._on_end)
             return
-        while True:
-            lane = self._next_lane()
-            if lane is None:
-                break
-            self._turn_began = time.monotonic()
-            try:
-                sent = lane.turn()
-                self._faults = 0
-            except Exception:
-                log.exception("a step failed; the requests that took part in it end with an error")
-                sent = self._recover(lane)
-            self._turn_began = None
-            self.meter.load(self.queued, self.active, sum(lane.tokens_held for lane in self.lanes.values()))
-            self._send(sent)
+        end: State = "stopped"
+        try:
+            while (lane := self._next_lane()) is not None:
+                self._take_turn(lane)
+        except Exception:
+            log.exception("the engine's thread ends")
+            end = "failed"
+        self.state = end  # before the jobs end, so that no new one is left behind
         for lane in self.lanes.values():
-            self._send(lane.fail(UnavailableError("the server has stopped")))
-        self.state = "stopped"
+            self._send(lane.fail(UnavailableError(f"the server has {end}")))
+
+    def _take_turn(self, lane: Lane) -> None:
+        self._turn_began = time.monotonic()
+        try:
+            sent = lane.turn()
+            self._faults = 0
+        except Exception:
+            fields = {"request_ids": lane.request_ids}
+            log.exception("a step failed; the requests in it end with an error", extra={"fields": fields})
+            sent = self._recover(lane)
+        self._turn_began = None
+        self.meter.load(self.queued, self.active, sum(lane.tokens_held for lane in self.lanes.values()))
+        self._send(sent)
 
     def _next_lane(self) -> Lane | None:
         """The busy lane that has had the least time; waits for one. None when it is time to stop."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 import sys
@@ -32,6 +33,9 @@ NGRAM_LENGTH = 6
 SWITCH_S = 0.0005
 """How long a thread may keep the interpreter: the engine's thread should not wait 5 ms, Python's default, after every
 product for the event loop to finish a chunk of text."""
+LAST_WORDS_S = 2
+"""After the drain, until connections are cut whose clients do not read their answer's end. SageMaker kills the process
+30 seconds after SIGTERM: `drain_s`, this, and what `Scheduler.stop` waits must stay below."""
 MOST_HEADER_BYTES = 65_536
 BACKLOG = 2048
 
@@ -60,7 +64,8 @@ def http_config(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
     """How HTTP is spoken: bounded headers, a bounded drain, and our own log."""
     return uvicorn.Config(
         app, http="h11", ws="none", log_config=None, access_log=False, server_header=False, backlog=BACKLOG,
-        h11_max_incomplete_event_size=MOST_HEADER_BYTES, timeout_graceful_shutdown=max(int(config.drain_s), 0),
+        h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+        timeout_graceful_shutdown=math.ceil(config.drain_s) + LAST_WORDS_S,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from gorgon.serve.choices import Choice
 from gorgon.serve.errors import CancelledError, NoSuchModelError
 from gorgon.serve.jobs import End, Job, Submission
 from gorgon.serve.metrics import Meter
+from gorgon.serve.problems import LOGGED, note
 from gorgon.serve.scheduler import Scheduler
 from gorgon.serve.settings import ServeConfig
 
@@ -117,7 +118,9 @@ class Service:
             raise LimitError("the request asks for more answers than the server holds", field="n",
                              value=len(requests), allowed=f"at most {most}")  # fmt: skip
         deadline = time.monotonic() + self.config.deadline_s
-        return self.scheduler.submit([Job(r, deadline, stream=i, lane=lane) for i, r in enumerate(requests)])
+        request_id = LOGGED.get({}).get("request_id", "")
+        jobs = [Job(r, deadline, stream=i, lane=lane, request_id=request_id) for i, r in enumerate(requests)]
+        return self.scheduler.submit(jobs)
 
     def choices(self, submission: Submission) -> list[Choice]:
         """One empty answer per job."""
@@ -179,8 +182,8 @@ class EventStream(Response):
         """Sends until the events end."""
         try:
             await _unless_gone(receive, self._send(send))
-        except (CancelledError, OSError):
-            pass  # nobody is left to be told
+        except (CancelledError, OSError) as error:
+            note(str(error))  # nobody else is left to be told
         finally:
             for submission in self._submissions:
                 submission.cancel()
