@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gorgon.cloud.aws import Aws
 from gorgon.cloud.job import Resources
@@ -48,14 +49,19 @@ def price_of(
     return Price(instance_type, None, "unknown")
 
 
-def _listed(aws: Aws, instance_type: str, use: str, region: str) -> float | None:
-    """On-demand USD per hour from the Price List API."""
+def price_query(instance_type: str, region: str) -> dict[str, Any]:
+    """Parameters of GetProducts."""
     filters = [
         {"Type": "TERM_MATCH", "Field": "regionCode", "Value": region},
         {"Type": "TERM_MATCH", "Field": "instanceName", "Value": instance_type},
     ]
+    return {"ServiceCode": "AmazonSageMaker", "Filters": filters}
+
+
+def _listed(aws: Aws, instance_type: str, use: str, region: str) -> float | None:
+    """On-demand USD per hour from the Price List API."""
     usage, component = USES[use]
-    for text in aws.call("pricing", "get_products", ServiceCode="AmazonSageMaker", Filters=filters)["PriceList"]:
+    for text in aws.call("pricing", "get_products", **price_query(instance_type, region))["PriceList"]:
         product = json.loads(text)
         attributes = product["product"]["attributes"]
         if not (

@@ -86,6 +86,26 @@ def listing(aws: Aws, prefix: str) -> list[dict[str, object]]:
     return list(aws.pages("s3", "list_objects_v2", "Contents", Bucket=bucket, Prefix=key))
 
 
+def read_text(source: str, name: str, aws: Aws | None) -> str | None:
+    """A file of a directory, here or in S3; None when it is not there.
+
+    Raises: DataError for an S3 address without a client; CloudError, OSError, UnicodeDecodeError.
+    """
+    if not source.startswith("s3://"):
+        path = Path(source) / name
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    if aws is None:
+        raise DataError("this is in S3", file=source)
+    bucket, key = split_uri(source.rstrip("/"))
+    try:
+        body: bytes = aws.call("s3", "get_object", Bucket=bucket, Key=f"{key}/{name}")["Body"].read()
+    except AwsError as error:
+        if error.code in ("NoSuchKey", "404"):
+            return None
+        raise
+    return body.decode()
+
+
 def check_prefix(aws: Aws, uri: str, field: str) -> None:
     """Raises DataError when an input in S3 is empty, or a step's output of which files are missing."""
     prefix = uri.rstrip("/") + "/"
