@@ -64,6 +64,16 @@ def test_golden_jobs():
         golden(name, calls)
 
 
+def test_golden_jobs_without_a_network():
+    """A warm machine, an image of one's own, and nothing to be fetched."""
+    image = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/gorgon:0.1.0"
+    cloud = SageMakerConfig(network_isolation=True, image=image, keep_alive_s=600)
+    golden("jobs-isolated", [
+        create_training_job(s, cloud, PLACE, run="sql", code_uri="s3://my-bucket/code", uploads={})
+        for s in jobs(cloud, {"prepare": PrepareConfig(dataset="embedded")})
+    ])  # fmt: skip
+
+
 @pytest.mark.parametrize("engine", ["gorgon", "vllm", "tgi"])
 def test_golden_endpoints(engine):
     settings = EndpointConfig(
@@ -87,6 +97,19 @@ def test_golden_run_with_an_export():
             text = re.sub(r"code/[0-9a-f]{16}/", "code/DIGEST/", json.dumps(shown))  # it is named by its contents
             calls.append(Call(**json.loads(text)))
     golden("run-vllm", calls)
+
+
+def test_golden_calls_beside_jobs_and_endpoints():
+    """The first call of every other operation of a run: who is asked, what is read, watched and ended."""
+    where = {"region": "eu-west-1", "role": ROLE, "bucket": "my-bucket"}
+    cloud = SageMakerConfig(endpoint=EndpointConfig(compare=True), **where)
+    found = {}
+    for shown in dry_run(CloudRun("sql", STEPS, cloud, OUT, base="org/base"), stamp="20260101-000000")["calls"]:
+        text = re.sub(r"(?<=[/g])[0-9a-f]{12,16}(?=[-/])", "DIGEST", json.dumps(shown["parameters"]))
+        call = Call(shown["service"], shown["operation"], json.loads(text))
+        if not call.operation.startswith("Create"):
+            found.setdefault(call.operation, call.checked())
+    golden("run-calls", list(found.values()))
 
 
 @pytest.mark.parametrize("image", [None, "me/gorgon:0.1.0"])

@@ -12,7 +12,7 @@ from typing import Any
 from gorgon.cloud.aws import offline_place
 from gorgon.cloud.compare import TUNING
 from gorgon.cloud.deploy import artifact_upload
-from gorgon.cloud.endpoint import EndpointSpec, create_calls, delete_calls
+from gorgon.cloud.endpoint import EndpointSpec, create_calls, ending_calls, get_calls, reading_calls
 from gorgon.cloud.job import JobSpec
 from gorgon.cloud.launch import RUN
 from gorgon.cloud.logs import TRAINING
@@ -20,7 +20,7 @@ from gorgon.cloud.plan import Place, final_step, result_uri, timestamp
 from gorgon.cloud.pricing import guard, price_query
 from gorgon.cloud.run import CloudRun
 from gorgon.cloud.sagemaker import Call, create_training_job
-from gorgon.cloud.storage import code_upload, split_uri
+from gorgon.cloud.storage import code_upload
 
 
 def dry_run(run: CloudRun, *, stamp: str | None = None) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def _endpoint_calls(
     settings = run.cloud.endpoint
     if settings is None:
         return []
-    calls, gone = _reading(specs[-1], jobs if settings.compare else ()), []
+    calls, gone = reading_calls(specs[-1].model), []
+    calls += _report_calls(jobs) if settings.compare else []
     if specs[-1].artifact:  # one for all of them
         with tempfile.TemporaryDirectory() as folder:
             calls += artifact_upload(specs[-1].artifact, Path(folder)).calls()
@@ -88,9 +89,7 @@ def _endpoint_calls(
         )  # fmt: skip
         invoke = {**name, "ContentType": "application/json", "Body": body}
         calls.append(Call("sagemaker-runtime", how, invoke, note=when))
-        gone.append(Call("sagemaker", "DescribeEndpointConfig", {"EndpointConfigName": spec.name}))
-        gone += delete_calls(spec.name, scaled=True)
-        gone.append(Call("sagemaker", "DescribeEndpoint", name))
+        gone += ending_calls(spec.name)
     if settings.compare:
         note = "after the comparison, whatever happens"
     elif settings.delete_after_minutes is not None:
@@ -100,14 +99,7 @@ def _endpoint_calls(
     return calls + [replace(call, note=note) for call in gone]
 
 
-def _reading(spec: EndpointSpec, jobs: Sequence[JobSpec]) -> list[Call]:
-    """What is read from S3 before an endpoint is made: the model's description, for a comparison the prompts too."""
+def _report_calls(jobs: Sequence[JobSpec]) -> list[Call]:
+    """What a comparison reads of the jobs' results: the prompts, and what is told of heads and drafts."""
     made = {job.step: result_uri(job) for job in jobs}
-    wanted = [f"{spec.model}/config.json", f"{spec.model}/base-model/config.json"]
-    if made:
-        wanted += [f"{made['prepare']}/test.jsonl", *(f"{made[final_step(made)]}/{name}" for name in TUNING)]
-    bucket, key = split_uri(spec.model)
-    calls = [Call("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": f"{key}/"}, note="the model must be whole")]
-    return calls + [
-        Call("s3", "GetObject", dict(zip(("Bucket", "Key"), split_uri(uri), strict=True))) for uri in wanted
-    ]
+    return get_calls([f"{made['prepare']}/test.jsonl", *(f"{made[final_step(made)]}/{name}" for name in TUNING)])

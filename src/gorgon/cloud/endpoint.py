@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gorgon.cloud.config import EndpointConfig, SageMakerConfig
 from gorgon.cloud.images import gpu_count, serving_image
-from gorgon.cloud.plan import Place, resource_name
+from gorgon.cloud.plan import Place, resource_name, split_uri
 from gorgon.cloud.sagemaker import Call, tags
 from gorgon.errors import CloudError
 
 MODEL_DIR = "/opt/ml/model"
+BASE_CONFIG = "base-model/config.json"
 ADDITIONAL = "/opt/ml/additional-model-data-sources"
 VARIANT = "main"
 INFERENCE_ENVIRONMENT = 1024
@@ -270,6 +271,32 @@ def delete_calls(name: str, *, scaled: bool = False) -> list[Call]:
         Call("sagemaker", "DeleteModel", {"ModelName": name}),
     ]
     return [call.checked() for call in calls]
+
+
+def ending_calls(name: str) -> list[Call]:
+    """What `gorgon endpoints delete` does: looks the endpoint up, takes all of it away, and waits until it is gone."""
+    return [
+        Call("sagemaker", "DescribeEndpoint", {"EndpointName": name}),
+        Call("sagemaker", "DescribeEndpointConfig", {"EndpointConfigName": name}),
+        *delete_calls(name, scaled=True),
+        Call("sagemaker", "DescribeEndpoint", {"EndpointName": name}),
+    ]
+
+
+def reading_calls(model: str) -> list[Call]:
+    """What is read of a model in S3 before an endpoint is made of it: that it is whole, and its description."""
+    bucket, key = split_uri(model.rstrip("/"))
+    listed = Call("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": f"{key}/"}, note="the model must be whole")
+    return [
+        listed,
+        *get_calls([f"{model.rstrip('/')}/{name}" for name in ("manifest.json", "config.json", BASE_CONFIG)]),
+    ]
+
+
+def get_calls(uris: Sequence[str]) -> list[Call]:
+    """GetObject of S3 addresses."""
+    found = [split_uri(uri) for uri in uris]
+    return [Call("s3", "GetObject", {"Bucket": bucket, "Key": key}) for bucket, key in found]
 
 
 def artifact_files(wheel: Path, assets: Path) -> dict[str, Path | str]:

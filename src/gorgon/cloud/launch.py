@@ -19,10 +19,10 @@ from gorgon.cloud.deploy import (
     ends_on_sigterm,
     keep_until_deleted,
 )
-from gorgon.cloud.endpoint import EndpointSpec, create_calls, delete_calls, endpoint_spec
+from gorgon.cloud.endpoint import EndpointSpec, create_calls, ending_calls, endpoint_spec, reading_calls
 from gorgon.cloud.model import ModelFacts, read_facts
 from gorgon.cloud.plan import Place, resource_name, timestamp
-from gorgon.cloud.pricing import guard
+from gorgon.cloud.pricing import guard, price_query
 from gorgon.cloud.sagemaker import Call
 from gorgon.cloud.storage import Upload, check_prefix, send, upload_of
 from gorgon.config import EMBEDDED
@@ -82,17 +82,19 @@ class Launch:
     def dry_run(self) -> list[Call]:
         """Every API call, without credentials. A model in S3 is taken for one that the engine can serve."""
         place, name = offline_place(self.cloud), self._name()
-        facts = read_facts(self.model, None) if self._here else ModelFacts(self.settings.engine, heads=1)
+        facts = self._facts(None)
         spec = self.spec(place, name, facts)
         guard([endpoint_cost(spec, self.cloud, None)], None)
         calls = [Call("sts", "GetCallerIdentity", {})]
+        calls.append(Call("pricing", "GetProducts", price_query(self.settings.instance_type, place.region)))
+        calls += [] if self._here else reading_calls(self.model)
         with self._uploads(place, spec, facts) as (spec, uploads):
             calls += [call for upload in uploads for call in upload.calls()]
         calls += create_calls(spec, self.cloud, place, run=RUN)
         calls.append(Call("sagemaker", "DescribeEndpoint", {"EndpointName": name}, note="until it is InService"))
-        gone = delete_calls(name, scaled=self.settings.max_instances is not None)
-        note = f"when you say so: gorgon endpoints delete {name}"
-        return calls + [Call(c.service, c.operation, c.parameters, note=note) for c in gone]
+        minutes = self.settings.delete_after_minutes
+        note = f"when you say so: gorgon endpoints delete {name}" if minutes is None else f"after {minutes} minutes"
+        return calls + [replace(call, note=note) for call in ending_calls(name)]
 
     def run(self) -> str:
         """Uploads, deploys, and returns the endpoint's name once it serves; with a time to live, stays and deletes it.
@@ -151,7 +153,9 @@ class Launch:
         self.export(Path(self.model), out, form)
         return out
 
-    def _facts(self, aws: Aws) -> ModelFacts:
+    def _facts(self, aws: Aws | None) -> ModelFacts:
+        if self.model.startswith("s3://") and aws is None:  # a dry run does not look
+            return ModelFacts(self.settings.engine, heads=1)
         if self._here or self.model.startswith("s3://"):
             return read_facts(self.model, aws)
         if self.plain and (self.model == EMBEDDED or re.fullmatch(r"[\w.-]+/[\w.-]+", self.model)):

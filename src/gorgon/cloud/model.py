@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gorgon.cloud.aws import Aws, AwsError
-from gorgon.cloud.endpoint import MODEL_DIR
+from gorgon.cloud.endpoint import BASE_CONFIG, MODEL_DIR
 from gorgon.cloud.storage import read_text
 from gorgon.errors import ModelError
 
 Layout = Literal["gorgon", "vllm", "tgi"]
-BASE_CONFIG = "base-model/config.json"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from typing import Any
 
 from gorgon.cloud.config import SageMakerConfig
 from gorgon.cloud.images import DLC_ACCOUNT
-from gorgon.cloud.plan import Place, resource_name
-from gorgon.cloud.storage import split_uri
+from gorgon.cloud.plan import Place, resource_name, split_uri
 
 Statement = dict[str, Any]
 

@@ -34,6 +34,12 @@ class Place:
         return "/".join([f"s3://{self.bucket}", self.prefix.strip("/"), *parts])
 
 
+def split_uri(uri: str) -> tuple[str, str]:
+    """Bucket and key of an S3 address."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
 def resource_name(*parts: str) -> str:
     """A SageMaker name from words: letters, digits and single hyphens.
 

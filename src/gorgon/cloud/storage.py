@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gorgon.artifacts import MANIFEST, digest_file, digest_input
 from gorgon.cloud.aws import Aws, AwsError, aws_errors
-from gorgon.cloud.plan import Place
+from gorgon.cloud.plan import Place, split_uri
 from gorgon.cloud.sagemaker import Call
 from gorgon.cloud.wheel import build_wheel
 from gorgon.errors import DataError
@@ -29,18 +29,13 @@ class Upload:
 
     def calls(self) -> list[Call]:
         """As API calls; the body is shown as the path of the file."""
-        shown = []
+        bucket, key = split_uri(self.prefix)
+        shown = [Call("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": f"{key}/"}, note="what is there already")]
         for uri, path in self.files.items():
             bucket, key = split_uri(uri)
             size = f"{path.stat().st_size:,} bytes; left out when it is there already"
             shown.append(Call("s3", "PutObject", {"Bucket": bucket, "Key": key, "Body": path.name}, note=size))
         return shown
-
-
-def split_uri(uri: str) -> tuple[str, str]:
-    """Bucket and key of an S3 address."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
 
 
 def upload_of(source: str, place: Place, run: str) -> Upload:
