@@ -14,6 +14,7 @@ from gorgon.config import (
     STEPS,
     CompareConfig,
     DistillConfig,
+    ExportConfig,
     FinetuneConfig,
     PrepareConfig,
     StepConfig,
@@ -177,12 +178,15 @@ def run_elsewhere(recipe: Recipe, out: Path, *, on: str, recipe_file: Path, dry_
         if dry_run:
             return {"name": recipe.name, "jobs": [{"argv": j.argv(out / j.step), **asdict(j)} for j in jobs]}
         return {step: str(path) for step, path in run_chain(jobs, out).items()}
-    from gorgon.cloud.submit import CloudRun, after_jobs, run_jobs
-    from gorgon.cloud.submit import dry_run as show_calls
+    from gorgon.cloud.run import CloudRun
 
     cloud_run = CloudRun(recipe.name, recipe.steps, recipe.sagemaker, out, recipe_file, recipe.model)
     if dry_run:
+        from gorgon.cloud.dry import dry_run as show_calls
+
         return show_calls(cloud_run)
+    from gorgon.cloud.submit import after_jobs, run_jobs
+
     results = run_jobs(cloud_run)
     return {**results, **after_jobs(cloud_run, results, report_endpoints)}
 
@@ -194,7 +198,9 @@ def report_endpoints(measured: Mapping[str, Any], out: Path) -> dict[str, Any]:
     return report(measured, out)
 
 
-def run_one(config: StepConfig, out: Path, *, force: bool = False) -> StepResult:
+def run_one(  # noqa: PLR0911 - one return a step
+    config: StepConfig, out: Path, *, force: bool = False
+) -> StepResult:  # fmt: skip
     """Runs the step that a configuration belongs to; heavy imports happen here, so that `gorgon --help` is instant."""
     match config:
         case PrepareConfig():
@@ -222,4 +228,8 @@ def run_one(config: StepConfig, out: Path, *, force: bool = False) -> StepResult
             from gorgon.bench.compare import compare
 
             return compare(config, out, force=force)
+        case ExportConfig():
+            from gorgon.models.export import export_model
+
+            return export_model(config, out, force=force)
     raise AssertionError(f"no step for {type(config).__name__}")

@@ -18,8 +18,9 @@ from tests.cloud_plane.sandbox import Container
 
 FRONT = Path(__file__).parent / "djl_front.py"
 STAND_IN = Path(__file__).parent / "stand_in.py"
-STAND_INS = {"me/stand-in:1.0"}
-"""Images that run a server without a model, for tests of what stands around a model."""
+STAND_INS = re.compile(r"^me/stand-in:|/(vllm|huggingface-pytorch-tgi-inference):")
+"""Images that run a server without a model: one for tests of what stands around a model, and in the place of vLLM and
+TGI one that looks for what they look for."""
 HOST = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """SageMaker reaches a container from outside: a server that listens on 127.0.0.1 alone is not found here."""
 PORT = 8080
@@ -81,7 +82,7 @@ class Endpoint(threading.Thread):
                 return
         if "djl-inference" in primary["Image"]:
             command = [str(Path(self.plane.image_bin) / "python3"), str(FRONT), str(self.port)]
-        elif primary["Image"] in STAND_INS:
+        elif STAND_INS.search(primary["Image"]):
             command = [str(Path(self.plane.image_bin) / "python3"), str(STAND_IN), str(self.port)]
         else:
             self.own_image, command = True, [*entrypoint(), "serve"]
@@ -97,7 +98,8 @@ class Endpoint(threading.Thread):
         with log.open("w") as output:
             self.container = Container(
                 command, self.root, self.plane.images.get(primary["Image"], self.plane.image_bin),
-                {**OWN, "MODEL_DIR": "/opt/ml/model", **port, **primary.get("Environment", {})}, output,
+                {**self.plane.inside, **OWN, "MODEL_DIR": "/opt/ml/model", **port, **primary.get("Environment", {})},
+                output,
             )  # fmt: skip
         limit = self.config["ProductionVariants"][0]["ContainerStartupHealthCheckTimeoutInSeconds"]
         until = time.monotonic() + limit

@@ -112,7 +112,7 @@ class Job(threading.Thread):
         self.secondary, self.begun = "Training", self.begun or time.time()
         algorithm = request["AlgorithmSpecification"]
         command = [*algorithm["ContainerEntrypoint"], *algorithm["ContainerArguments"]]
-        environment = {"TRAINING_JOB_NAME": self.name, **request.get("Environment", {})}
+        environment = {**self.plane.inside, "TRAINING_JOB_NAME": self.name, **request.get("Environment", {})}
         log = self.root / "container.log"
         with log.open("w") as output:
             self.container = Container(command, self.root, self.plane.image_bin, environment, output)

@@ -10,7 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 from tests.cloud_plane.endpoints import Endpoint, stream_frames
 from tests.cloud_plane.jobs import Job
@@ -38,9 +38,12 @@ class Plane:
         (self.store.root / BUCKET).mkdir(parents=True)
         self.jobs, self.models, self.configs, self.endpoints, self.scaling = {}, {}, {}, {}, {}
         self.tags, self.logs, self.requests = {}, {}, []
+        self.made = set()  # names of the operations that were called, of all services
         self.fail, self.prices, self.quotas = {}, {}, {}
         self.trust, self.caller = "sagemaker.amazonaws.com", f"arn:aws:iam::{ACCOUNT}:user/tester"
         self.missing_images = set()
+        # The images hold every dependency, and pip takes seconds to find that out: one test lets it look.
+        self.inside = {"PIP_NO_DEPS": "1"}
         self.images = {}  # images of the account's own: name -> the directory of its commands
         self.lock = threading.RLock()
         self.server = _Server(("127.0.0.1", 0), _handler(self))
@@ -262,6 +265,19 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+def _operation(target, method, path, body):
+    """AWS's name for a request; the parts of a large upload count as PutObject."""
+    if target is not None:
+        return target.rpartition(".")[2]
+    if path.startswith("/endpoints/"):
+        return "InvokeEndpoint" if path.endswith("/invocations") else "InvokeEndpointWithResponseStream"
+    if b"Action=" in body and path == "/":
+        return parse_qs(body.decode())["Action"][0]
+    if method == "GET":
+        return "GetObject" if urlsplit(path).path.strip("/").count("/") else "ListObjectsV2"
+    return "PutObject" if method in ("PUT", "POST") else f"{method.title()}Object"
+
+
 def _product(usage, usd):
     terms = {"OnDemand": {"t": {"priceDimensions": {"d": {"unit": "Hrs", "pricePerUnit": {"USD": str(usd)}}}}}}
     return json.dumps({"product": {"attributes": {"usagetype": usage}}, "terms": terms})
@@ -278,6 +294,7 @@ def _handler(plane):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             target = self.headers.get("X-Amz-Target")
             try:
+                plane.made.add(_operation(target, self.command, self.path, body))
                 if target is not None:
                     answer = plane.operation(target.rpartition(".")[2], json.loads(body or b"{}"))
                     self._send(200, {"Content-Type": "application/x-amz-json-1.1"}, json.dumps(answer).encode())

@@ -54,10 +54,12 @@ class Container:
 
     def __init__(self, command, root, image_bin, environment, output):
         root = Path(root)
-        kept = {k: os.environ[k] for k in ("HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS") if k in os.environ}
+        kept = {k: os.environ[k] for k in ("HOME", "LANG", "OMP_NUM_THREADS") if k in os.environ}
+        scratch = root / "tmp"  # a container leaves its temporary files to nobody
+        scratch.mkdir(parents=True, exist_ok=True)
         self.environment = {
-            **kept, "PATH": f"{image_bin}:/usr/local/bin:/usr/bin:/bin", "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1",
-            "NO_COLOR": "1", "COLUMNS": "160", **environment,
+            **kept, "TMPDIR": str(scratch), "PATH": f"{image_bin}:/usr/local/bin:/usr/bin:/bin", "PIP_NO_INDEX": "1",
+            "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "160", **environment,
         }  # fmt: skip
         self.inside = namespaces()
         if self.inside:

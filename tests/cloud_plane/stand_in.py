@@ -1,12 +1,51 @@
-"""A server with the engine's answers but no model: the prompt backwards, more slowly without drafts."""
+"""A server with the engine's answers but no model: the prompt backwards, more slowly without drafts.
+
+In the place of vLLM or TGI it looks first for what they would load, where they would look for it.
+"""
 
 import json
 import os
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
-PLAIN = os.environ.get("GORGON_DRAFTS") == "none"
+
+def heads_of_vllm():
+    """The backbone and heads that vLLM would load; False when it is told of none."""
+    assert_weights(os.environ["SM_VLLM_MODEL"])
+    told = json.loads(os.environ.get("SM_VLLM_SPECULATIVE_CONFIG", "null"))
+    if told is None:
+        return False
+    heads = json.loads((Path(told["model"]) / "config.json").read_text())
+    assert heads["architectures"] == ["MedusaModel"] and heads["num_heads"] == told["num_speculative_tokens"], heads
+    assert (Path(told["model"]) / "model.safetensors").is_file()
+    return True
+
+
+def heads_of_tgi():
+    """The same for TGI, which finds both by the directory's config.json."""
+    model = os.environ["HF_MODEL_ID"]
+    config = json.loads((Path(model) / "config.json").read_text()) if model.startswith("/") else {}
+    if "medusa_num_heads" not in config:
+        assert_weights(model)
+        return False
+    assert_weights(config["base_model_name_or_path"])
+    assert (Path(model) / "medusa_lm_head.safetensors").is_file()
+    return True
+
+
+def assert_weights(model):
+    """A directory with weights, or a hub id."""
+    assert not model.startswith("/") or (Path(model) / "model.safetensors").is_file(), model
+
+
+if "SM_VLLM_MODEL" in os.environ:
+    PLAIN = not heads_of_vllm()
+elif "HF_MODEL_ID" in os.environ:
+    PLAIN = not heads_of_tgi()
+else:
+    PLAIN = os.environ.get("GORGON_DRAFTS") == "none"
 
 
 class Handler(BaseHTTPRequestHandler):

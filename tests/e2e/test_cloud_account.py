@@ -70,19 +70,49 @@ def test_in_studio_the_notebooks_own_role_is_taken(plane, here, monkeypatch):
     assert resolve_place(SageMakerConfig(), Aws()).role == ROLE
 
 
-@pytest.mark.parametrize(("answer", "stopped"), [("y\n", ["job-1"]), ("\n", [])])
+@pytest.mark.parametrize(("answer", "stopped"), [("y\n", ["job-1"]), ("\n", []), (KeyboardInterrupt, [])])
 def test_ctrl_c_asks_whether_to_stop_the_job(plane, here, monkeypatch, capsys, answer, stopped):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
+        def readline(self):
+            if isinstance(answer, str):
+                return answer
+            raise answer
+
     asked = []
     plane.do_StopTrainingJob = lambda request: asked.append(request["TrainingJobName"]) or {}
-    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    monkeypatch.setattr("sys.stdin", Terminal())
     ask_to_stop(Aws(), "job-1")
     said = capsys.readouterr().err
     assert asked == stopped and "Stop it? [y/N]" in said
     assert ("gorgon jobs attach job-1" in said) == (not stopped)
+
+
+def test_what_is_somebody_elses_is_not_listed(plane, here):
+    """Neither with other tags, nor where a least-privilege policy does not let us look."""
+    plane.store.put(f"{DATA}/train.jsonl", "{}")
+    for name in ("ours-1", "theirs-1", "hidden-1"):
+        plane.jobs[name] = _ended(plane, name)
+    tags = {"ours-1": [{"Key": "gorgon:run", "Value": "r"}], "theirs-1": [{"Key": "team", "Value": "x"}]}
+
+    def list_tags(request):
+        name = request["ResourceArn"].rpartition("/")[2]
+        if name == "hidden-1":
+            raise Fault("AccessDeniedException", "User is not authorized to perform: sagemaker:ListTags")
+        return {"Tags": tags[name]}
+
+    plane.do_ListTags = list_tags
+    assert [row["name"] for row in json.loads(cli("jobs", "list", "--json").out)] == ["ours-1"]
+
+
+def _ended(plane, name):
+    from tests.cloud_plane.jobs import Job
+
+    made = Job(plane, {"TrainingJobName": name})
+    made.status = "Completed"
+    return made
 
 
 def test_a_job_that_is_not_there(plane, here):
@@ -213,7 +243,8 @@ def test_a_model_without_heads_is_not_deployed(plane, here, content, word):
     plane.store.put(f"{uri}/config.json" if content is not None else f"{uri}/x", json.dumps({"hidden_size": 8}))
     done = cli("deploy", uri, "--name", "sql")
     refused(plane, done, word, "gorgon tune")
-    refused(plane, cli("deploy", "./nowhere"), "no such model directory")
+    for command in (("deploy", "./nowhere"), ("deploy", "./nowhere", "--dry-run")):
+        refused(plane, cli(*command), "no such model directory")
 
 
 def local_model(here):

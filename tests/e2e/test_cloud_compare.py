@@ -1,11 +1,13 @@
 """Three endpoints side by side: told the price before, compared fairly, and deleted whatever happens."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from gorgon.bench.endpoints import report
-from gorgon.cloud.compare import compare_endpoints, read_tuning
+from gorgon.cloud import compare as compare_module
+from gorgon.cloud.compare import Answer, compare_endpoints, measure, read_tuning
 from gorgon.cloud.config import EndpointConfig, SageMakerConfig
 from gorgon.errors import BudgetError, CloudError, DataError
 from tests.cloud_plane.plane import BUCKET, Fault
@@ -33,11 +35,11 @@ def compare(plane, tmp_path):
     rows = [{"id": f"test-{n}", "messages": [{"role": "user", "content": text}], "answer": "0 noitseuq"}
             for n, text in enumerate(("question 0", "question 1", "question 2", HOSTILE))]  # fmt: skip
     plane.store.put(f"{DATA}/test.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    endpoint = EndpointConfig(instance_type="ml.m5.xlarge", image="me/stand-in:1.0")
+    endpoint = EndpointConfig(instance_type="ml.m5.xlarge", image="me/stand-in:1.0", compare_trials=2)
 
     def run(**settings):
         cloud = SageMakerConfig(endpoint=endpoint, price_per_hour={"ml.m5.xlarge": 3.6}, **settings)
-        return compare_endpoints("embedded", MODEL, DATA, cloud, tmp_path / "out", report=report, stamp="1", trials=2)
+        return compare_endpoints("embedded", MODEL, DATA, cloud, tmp_path / "out", report=report, stamp="1")
 
     return run
 
@@ -71,7 +73,7 @@ def test_the_comparison_and_its_files(compare, plane, tmp_path):
         assert words in page, words
     assert page.count("<svg") == 7
     created = [r["EndpointName"] for name, r in plane.requests if name == "CreateEndpoint"]
-    assert created == ["base-1", "sft-1", "medusa-1"]
+    assert created == ["gorgon-base-1", "gorgon-sft-1", "gorgon-medusa-1"]
     assert not any(plane.left().values()), plane.left()
 
     again = tmp_path / "again"
@@ -84,7 +86,7 @@ def test_one_that_does_not_come_up_takes_the_others_with_it(compare, plane):
     original = plane.do_CreateEndpoint
 
     def create(request):
-        if request["EndpointName"] == "medusa-1":
+        if request["EndpointName"] == "gorgon-medusa-1":
             raise Fault("ResourceLimitExceeded", "The service limit 'ml.m5.xlarge for endpoint usage' is 2")
         return original(request)
 
@@ -126,6 +128,21 @@ def test_nothing_starts_over_budget_or_without_prompts(compare, plane):
         with pytest.raises(DataError, match=words):
             compare()
     assert not [name for name, _ in plane.requests if name.startswith("Create")]
+
+
+def test_what_was_paid_for_is_kept_when_the_time_is_up():
+    """Whole trials count; of a first trial that is not whole, the prompts that all endpoints have answered."""
+    clock = iter(range(1000))
+
+    def asked(end):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compare_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+            return measure(["a", "b"], [[], [], []], lambda name, prompt: Answer(name, 1, 1.0), trials=5, end=end)
+
+    assert [len(trial) for trial in asked(next(clock) + 8)["b"]] == [3, 3], "the third trial was not whole"
+    assert [len(trial) for trial in asked(next(clock) + 2)["a"]] == [2]
+    with pytest.raises(CloudError, match="took all 120 minutes"):
+        asked(0)
 
 
 def measured(medusa, usd_per_hour=None):

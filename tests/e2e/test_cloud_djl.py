@@ -137,6 +137,18 @@ def test_errors_have_the_containers_shape(front, body, code, words):
     assert set(document) == {"code", "error"} and document["code"] == code and words in document["error"]
 
 
+def test_the_endpoints_limits_hold(front, engine):
+    """As `max_total_tokens` and `max_input_tokens` of the endpoint arrive here."""
+    length = len(chat_ids(engine, QUESTIONS[0]))
+    tight = front(CONTEXT=str(length + 8), MAX_PROMPT=str(length))
+    assert answer(tight, ask(QUESTIONS[0], max_tokens=8))[0] == 200
+    status, _, (document,) = answer(tight, ask(QUESTIONS[0], max_tokens=9))
+    assert status == 400 and "prompt and answer do not fit into the context" in document["error"]
+    status, _, (document,) = answer(front(MAX_PROMPT=str(length - 1)), ask(QUESTIONS[0], max_tokens=1))
+    assert status == 400 and "does not fit into this server's limit for prompts" in document["error"]
+    assert f"at most {length - 1}" in document["error"]
+
+
 def test_a_full_queue_and_a_deadline(front):
     status, _, (document,) = answer(front(SLOTS="1", QUEUE="0"), ask(n=2))
     assert status == 400 and "more answers than the server holds" in document["error"]

@@ -9,10 +9,10 @@ from tests.cloud_plane.fixtures import TINY
 
 PATH = Path(__file__).parents[2] / "notebooks" / "medusa_on_sagemaker.ipynb"
 SETTINGS = (
-    *(text for text in TINY if not text.endswith("=null")), "prepare.rows=80", "finetune=null", "distill=null",
+    *(text for text in TINY if not text.endswith("=null")), "prepare.rows=40", "finetune=null", "distill=null",
     "tune.prompts=2", "tune.max_nodes=2", "tune.trials=3", "tune.max_new_tokens=8", "tune.ngram_lengths=[0]",
     "compare.prompts=2", "compare.trials=1", "compare.warmup_prompts=0", "compare.max_new_tokens=8",
-    "compare.examples=1",
+    "compare.examples=1", "tune.steps=eager", "compare.steps=eager",  # compiled steps have tests of their own
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ def _logs(plane, name):
 
 def test_spot_interruption_then_ctrl_c_then_stop(plane, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    plane.inside = {}
     data = tmp_path / "data"
     run_one(load_recipe_steps(tmp_path)["prepare"], data)
     run = process(

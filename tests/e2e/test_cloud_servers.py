@@ -50,7 +50,8 @@ def processes(session):
 @pytest.mark.skipif(not namespaces(), reason="this kernel bars user namespaces, so there is no /opt/ml/model")
 def test_an_image_of_our_own_serves_under_the_containers_contract(plane, own_image, tiny, here):
     plane.images[IMAGE] = own_image
-    cloud = SageMakerConfig(endpoint=EndpointConfig(instance_type="ml.m5.xlarge", image=IMAGE))
+    limits = {"max_total_tokens": 300, "max_input_tokens": 200}
+    cloud = SageMakerConfig(endpoint=EndpointConfig(instance_type="ml.m5.xlarge", image=IMAGE, **limits))
     Launch(str(tiny), cloud, name="own").run()
     endpoint = plane.endpoints["own"]
     command = endpoint.container.process.args
@@ -58,6 +59,8 @@ def test_an_image_of_our_own_serves_under_the_containers_contract(plane, own_ima
     assert endpoint.port == endpoints.PORT or "SAGEMAKER_BIND_TO_PORT" in endpoint.container.environment
     with urllib.request.urlopen(f"http://{endpoints.HOST}:{endpoint.port}/ping", timeout=2) as answer:
         assert (answer.status, json.load(answer)) == (200, {"status": "ready"})
+    with urllib.request.urlopen(f"http://{endpoints.HOST}:{endpoint.port}/health", timeout=2) as answer:
+        assert json.load(answer)["context"] == 300
     if Path("/proc").is_dir():
         assert processes(endpoint.container.process.pid), "what is looked for below can be found"
 
@@ -94,6 +97,9 @@ def test_an_image_of_our_own_serves_under_the_containers_contract(plane, own_ima
         client.invoke_endpoint(EndpointName="own", ContentType="application/json", Body=b'{"messages": []}')
     assert error.value.response["OriginalStatusCode"] == 400
     assert "messages" in json.loads(error.value.response["OriginalMessage"])["error"]["message"]
+    long = json.dumps({"messages": [{"role": "user", "content": "many pets " * 200}], "max_tokens": 1})
+    with pytest.raises(ClientError, match="at most 200"):
+        client.invoke_endpoint(EndpointName="own", ContentType="application/json", Body=long)
 
     assert cli("endpoints", "delete", "own").code == 0
     assert not any(plane.left().values()), plane.left()
@@ -151,7 +157,7 @@ def test_vllm_gets_the_heads_in_its_own_format(plane, tiny, here, served):
         "method": "medusa", "model": "/opt/ml/additional-model-data-sources/heads", "num_speculative_tokens": 1,
     }  # fmt: skip
     done = cli("deploy", model, "--engine", "vllm", "--name", "other", "--instance-type", "ml.g5.xlarge")
-    assert done.error.exit_code == 2 and "must be exported for vLLM first" in str(done.error)
+    assert done.error.exit_code == 2 and "must be exported for vllm first" in str(done.error)
     assert "other" not in plane.models
 
 

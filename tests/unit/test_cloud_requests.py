@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 
 from gorgon.cli import app
 from gorgon.cloud.config import EndpointConfig, SageMakerConfig
-from gorgon.cloud.endpoint import create_calls, delete_calls, endpoint_spec, environment
+from gorgon.cloud.dry import dry_run
+from gorgon.cloud.endpoint import create_calls, delete_calls, endpoint_spec, environment, limits
 from gorgon.cloud.images import SERVING, TRAINING, serving_image, training_image
 from gorgon.cloud.job import Channel, JobSpec
 from gorgon.cloud.plan import Place, plan_jobs, resource_name
-from gorgon.cloud.sagemaker import create_training_job
+from gorgon.cloud.run import CloudRun
+from gorgon.cloud.sagemaker import Call, create_training_job
 from gorgon.cloud.validate import service_model, validate
 from gorgon.config import PrepareConfig, TrainHeadsConfig, TuneConfig, build
 from gorgon.errors import CloudError, ConfigError, DataError
@@ -62,6 +64,16 @@ def test_golden_jobs():
         golden(name, calls)
 
 
+def test_golden_jobs_without_a_network():
+    """A warm machine, an image of one's own, and nothing to be fetched."""
+    image = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/gorgon:0.1.0"
+    cloud = SageMakerConfig(network_isolation=True, image=image, keep_alive_s=600)
+    golden("jobs-isolated", [
+        create_training_job(s, cloud, PLACE, run="sql", code_uri="s3://my-bucket/code", uploads={})
+        for s in jobs(cloud, {"prepare": PrepareConfig(dataset="embedded")})
+    ])  # fmt: skip
+
+
 @pytest.mark.parametrize("engine", ["gorgon", "vllm", "tgi"])
 def test_golden_endpoints(engine):
     settings = EndpointConfig(
@@ -71,6 +83,33 @@ def test_golden_endpoints(engine):
     spec = endpoint_spec("sql-1", "s3://my-bucket/model", settings, "eu-west-1", artifact=artifact, heads=5)
     cloud = SageMakerConfig(kms_key="alias/mine", tags={"team": "search"})
     golden(f"endpoint-{engine}", [*create_calls(spec, cloud, PLACE, run="sql"), *delete_calls("sql-1", scaled=True)])
+
+
+def test_golden_run_with_an_export():
+    """A recipe whose three endpoints are vLLM's: the model is exported by one more job, and served from its result."""
+    vllm = EndpointConfig(engine="vllm", compare=True)
+    where = {"region": "eu-west-1", "role": ROLE, "bucket": "my-bucket"}
+    cloud = SageMakerConfig(endpoint=vllm, instance_types={"export": "ml.m5.large"}, **where)
+    calls = []
+    for shown in dry_run(CloudRun("sql", STEPS, cloud, OUT, base="org/base"), stamp="20260101-000000")["calls"]:
+        job = shown["parameters"].get("TrainingJobName", "sql-export")
+        if shown["service"] == "sagemaker" and shown["operation"].startswith("Create") and job.startswith("sql-export"):
+            text = re.sub(r"code/[0-9a-f]{16}/", "code/DIGEST/", json.dumps(shown))  # it is named by its contents
+            calls.append(Call(**json.loads(text)))
+    golden("run-vllm", calls)
+
+
+def test_golden_calls_beside_jobs_and_endpoints():
+    """The first call of every other operation of a run: who is asked, what is read, watched and ended."""
+    where = {"region": "eu-west-1", "role": ROLE, "bucket": "my-bucket"}
+    cloud = SageMakerConfig(endpoint=EndpointConfig(compare=True), **where)
+    found = {}
+    for shown in dry_run(CloudRun("sql", STEPS, cloud, OUT, base="org/base"), stamp="20260101-000000")["calls"]:
+        text = re.sub(r"(?<=[/g])[0-9a-f]{12,16}(?=[-/])", "DIGEST", json.dumps(shown["parameters"]))
+        call = Call(shown["service"], shown["operation"], json.loads(text))
+        if not call.operation.startswith("Create"):
+            found.setdefault(call.operation, call.checked())
+    golden("run-calls", list(found.values()))
 
 
 @pytest.mark.parametrize("image", [None, "me/gorgon:0.1.0"])
@@ -114,12 +153,16 @@ def test_a_job_runs_the_laptops_argv_and_reads_what_the_job_before_it_wrote():
 def test_what_botocore_lets_through_is_refused(change, word):
     sent = {**request(SageMakerConfig()), **change}
     with pytest.raises(CloudError, match=re.escape(word)):
-        validate("sagemaker", "CreateTrainingJob", sent)
+        validate(service_model("sagemaker"), "CreateTrainingJob", sent)
 
 
 def test_all_problems_are_told_at_once():
     with pytest.raises(CloudError) as error:
-        validate("sagemaker", "CreateEndpoint", {"EndpointName": "a_b", "Tags": [{"Key": "k" * 129, "Value": 3}]})
+        validate(
+            service_model("sagemaker"),
+            "CreateEndpoint",
+            {"EndpointName": "a_b", "Tags": [{"Key": "k" * 129, "Value": 3}]},
+        )
     assert str(error.value).startswith("4 values") and "EndpointConfigName: required" in str(error.value)
 
 
@@ -246,15 +289,43 @@ def test_a_job_without_a_machine_is_for_this_machine():
     ("values", "word"),
     [
         ({"max_instances": 1, "instance_count": 2}, "fewer machines"),
-        ({"max_input_tokens": 2048}, "no room for an answer"),
+        ({"max_input_tokens": 2048, "max_total_tokens": 2048}, "no room for an answer"),
+        ({"engine": "tgi", "max_input_tokens": 2048}, "below max_total_tokens (2048)"),
+        ({"engine": "vllm", "max_input_tokens": 9}, "no limit for the prompt alone"),
+        ({"max_total_tokens": 9, "environment": {"GORGON_CONTEXT": "8"}}, "this limit is given twice"),
         ({"engine": "tgi", "instance_type": "ml.m5.xlarge"}, "needs a GPU"),
         ({"environment": {"A": "x" * 1025}}, "1025 characters"),
     ],
 )
 def test_endpoints_that_cannot_work(values, word):
-    with pytest.raises(CloudError, match=word):
+    with pytest.raises(CloudError, match=re.escape(word)):
         spec = endpoint_spec("a", "s3://b/m", EndpointConfig(**values), "eu-west-1", artifact="s3://b/a")
         create_calls(spec, SageMakerConfig(), PLACE, run="r")
+
+
+@pytest.mark.parametrize(
+    ("engine", "told"),
+    [
+        ("gorgon", {"GORGON_CONTEXT": "3000", "GORGON_MAX_PROMPT": "2500"}),
+        ("vllm", {"SM_VLLM_MAX_MODEL_LEN": "3000"}),
+        ("tgi", {"MAX_TOTAL_TOKENS": "3000", "MAX_INPUT_TOKENS": "2500"}),
+    ],
+)
+def test_limits_reach_the_engine(engine, told):
+    prompt = None if engine == "vllm" else 2500
+    settings = EndpointConfig(engine=engine, max_total_tokens=3000, max_input_tokens=prompt)
+    for plain in (False, True):
+        spec = endpoint_spec("a", "s3://b/m", settings, "eu-west-1", plain=plain, context=4096)
+        assert told.items() <= environment(spec).items()
+    with pytest.raises(CloudError, match=re.escape("the model's own context is shorter")):
+        endpoint_spec("a", "s3://b/m", settings, "eu-west-1", context=2048)
+
+
+def test_limits_that_nobody_gives_are_the_engines_own():
+    assert limits(EndpointConfig()) == {}, "the server knows its model's context"
+    assert limits(EndpointConfig(engine="vllm")) == {"SM_VLLM_MAX_MODEL_LEN": "2048"}
+    assert limits(EndpointConfig(engine="tgi")) == {"MAX_INPUT_TOKENS": "1024", "MAX_TOTAL_TOKENS": "2048"}
+    assert limits(EndpointConfig(engine="tgi"), 1024) == {"MAX_INPUT_TOKENS": "512", "MAX_TOTAL_TOKENS": "1024"}
 
 
 def test_the_reference_recipe_is_shown_call_by_call_without_credentials(monkeypatch):

@@ -27,7 +27,8 @@ def test_every_instruction_is_one_of_docker():
 
 
 def test_the_base_is_pinned_and_has_our_python():
-    (base,) = instructions("ARG")
+    base, *others = instructions("ARG")
+    assert [other.partition("=")[0] for other in others] == ["TORCH", "EXTRAS"]
     name, _, image = base.partition("=")
     refuse_floating(image, [])
     assert instructions("FROM") == [f"${{{name}}}"] and "-runtime" in image
@@ -40,8 +41,10 @@ def test_what_is_copied_is_there_and_enough_to_install():
 
 
 def test_pip_gets_every_extra_that_the_container_needs_and_no_torch(tmp_path):
-    (install,) = [line for line in instructions("RUN") if "pip install" in line]
-    extras = re.search(r"'\.\[([\w,]+)\]'", install)[1].split(",")
+    torch, install = [line for line in instructions("RUN") if "pip install" in line]
+    assert torch.startswith('test -z "$TORCH" ||'), "the usual base image has its own"
+    assert install.endswith('".[$EXTRAS]"')
+    extras = next(line for line in instructions("ARG") if line.startswith("EXTRAS=")).partition("=")[2].split(",")
     assert set(extras) <= set(PROJECT["optional-dependencies"])
     assert "serve" in extras, "without it `gorgon serve` finds no HTTP server"
     (tmp_path / "constraints.txt").write_text((ROOT / "constraints.txt").read_text())

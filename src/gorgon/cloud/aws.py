@@ -11,6 +11,7 @@ from typing import Any
 
 from gorgon.cloud.config import SageMakerConfig
 from gorgon.cloud.plan import Place
+from gorgon.cloud.validate import validate
 from gorgon.errors import CloudError, MissingDependencyError
 
 ROLE_VARIABLE = "GORGON_SAGEMAKER_ROLE"
@@ -106,17 +107,21 @@ class Aws:
         """One API call.
 
         Args: operation: in boto3's spelling, such as create_training_job.
-        Raises: CloudError with AWS's own words and what to do next.
+        Raises: CloudError for what the service's model does not allow, and with AWS's own words and what to do next.
         """
+        client = self.client(service)
+        validate(client.meta.service_model, client.meta.method_to_api_mapping[operation], parameters)
         with aws_errors(operation):
-            answer: dict[str, Any] = getattr(self.client(service), operation)(**parameters)
+            answer: dict[str, Any] = getattr(client, operation)(**parameters)
         answer.pop("ResponseMetadata", None)
         return answer
 
     def pages(self, service: str, operation: str, key: str, **parameters: Any) -> Iterator[dict[str, Any]]:
         """The entries of a listing over all its pages."""
+        client = self.client(service)
+        validate(client.meta.service_model, client.meta.method_to_api_mapping[operation], parameters)
         with aws_errors(operation):
-            for page in self.client(service).get_paginator(operation).paginate(**parameters):
+            for page in client.get_paginator(operation).paginate(**parameters):
                 yield from page.get(key, [])
 
     def identity(self) -> dict[str, Any]:
@@ -161,6 +166,19 @@ class AwsError(CloudError):
     def __init__(self, what: str, code: str, message: str) -> None:
         self.code = code
         super().__init__(f"{what}: {code}: {message}", hint=hint_for(f"{code}: {message}"))
+
+
+def our_tags(aws: Aws, arn: str) -> dict[str, str] | None:
+    """Tags of a job or endpoint of ours; None for somebody else's, which the policies of `gorgon iam-policy` need not
+    even let us look at."""
+    try:
+        found = aws.call("sagemaker", "list_tags", ResourceArn=arn)["Tags"]
+    except AwsError as error:
+        if "AccessDenied" in error.code:
+            return None
+        raise
+    tags = {tag["Key"]: tag["Value"] for tag in found}
+    return tags if "gorgon:run" in tags else None
 
 
 def execution_role(cloud: SageMakerConfig, aws: Aws, caller: str) -> str | None:

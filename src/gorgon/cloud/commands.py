@@ -181,9 +181,11 @@ def _iam_policy(load: LoadRecipe) -> Callable[..., None]:
         """Prints the least IAM policies that a recipe needs: for the caller and for the execution role."""
         from gorgon.cloud.aws import offline_place
         from gorgon.cloud.permissions import policies
+        from gorgon.cloud.plan import s3_inputs
 
         loaded = load(recipe)
-        _print(policies(loaded.sagemaker, offline_place(loaded.sagemaker), run=loaded.name))
+        inputs = s3_inputs(loaded.steps, loaded.model)
+        _print(policies(loaded.sagemaker, offline_place(loaded.sagemaker), run=loaded.name, inputs=inputs))
 
     return command
 
@@ -196,7 +198,8 @@ def _doctor(load: LoadRecipe) -> Callable[..., None]:
         """Checks the AWS account for a recipe: credentials, role, region, quotas, bucket, images."""
         from gorgon.cloud.doctor import examine
 
-        findings = list(examine(load(recipe).sagemaker))
+        loaded = load(recipe)
+        findings = list(examine(loaded.sagemaker, loaded.steps))
         if as_json:
             _print([vars(finding) for finding in findings])
         for finding in findings if not as_json else ():
@@ -254,18 +257,28 @@ def _compare(load: LoadRecipe, export: Export, report: Report) -> Callable[..., 
         model: Annotated[str, typer.Option(help="Model directory with heads, or its s3:// address.")],
         data: Annotated[str, typer.Option(help="Directory that `prepare` wrote, or its s3:// address.")],
         out: Annotated[Path, typer.Option(help="Directory for the results.")],
-        prompts: Annotated[int | None, typer.Option(help="Use at most this many test prompts.")] = None,
-        trials: Annotated[int, typer.Option(help="Timed passes over the prompts.")] = 3,
-        max_tokens: Annotated[int, typer.Option(help="Length limit of an answer, in tokens.")] = 128,
+        prompts: Annotated[int | None, typer.Option(help="Test prompts to ask [the recipe's, else 100].")] = None,
+        trials: Annotated[
+            int | None, typer.Option(help="Timed passes over the prompts [the recipe's, else 3].")
+        ] = None,
+        max_tokens: Annotated[
+            int | None, typer.Option(help="Length limit of an answer, in tokens [the recipe's, else 128].")
+        ] = None,
     ) -> None:
         """Deploys base, fine-tuned and Medusa side by side, compares them, and deletes all three."""
         from gorgon.cloud.compare import compare_endpoints
-        from gorgon.cloud.submit import timestamp
+        from gorgon.cloud.config import EndpointConfig
+        from gorgon.cloud.plan import timestamp
+        from gorgon.config import build
 
         loaded = load(recipe)
+        given = {"compare_prompts": prompts, "compare_trials": trials, "compare_max_tokens": max_tokens}
+        settings = (loaded.sagemaker.endpoint or EndpointConfig()).model_dump()
+        settings |= {key: value for key, value in given.items() if value is not None}
+        endpoint = build(EndpointConfig, settings, step="endpoints compare")
         compare_endpoints(
-            loaded.model, model, data, loaded.sagemaker, out, report=report, export=export, stamp=timestamp(),
-            prompts=prompts, trials=trials, max_tokens=max_tokens,
+            loaded.model, model, data, loaded.sagemaker.model_copy(update={"endpoint": endpoint}), out, report=report,
+            export=export, stamp=timestamp(),
         )  # fmt: skip
         typer.echo(str(out / "report.html"))
 

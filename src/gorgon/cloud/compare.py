@@ -16,13 +16,12 @@ from typing import Any
 
 from gorgon.artifacts import write_json
 from gorgon.cloud.aws import Aws, resolve_place
-from gorgon.cloud.config import EndpointConfig, SageMakerConfig
+from gorgon.cloud.config import COMPARE_MINUTES, EndpointConfig, SageMakerConfig
 from gorgon.cloud.deploy import clean_up, deploy, endpoint_cost, ends_on_sigterm, invoke
-from gorgon.cloud.endpoint import EndpointSpec
+from gorgon.cloud.endpoint import EndpointSpec, compared_names
 from gorgon.cloud.launch import RUN, Export, Launch
 from gorgon.cloud.pricing import Cost, guard
-from gorgon.cloud.storage import split_uri
-from gorgon.cloud.submit import COMPARE_MINUTES
+from gorgon.cloud.storage import read_text
 from gorgon.errors import CloudError, DataError
 from gorgon.progress import bar, say
 
@@ -55,7 +54,7 @@ def read_rows(source: str, aws: Aws | None, limit: int | None) -> list[dict[str,
 
     Raises: DataError when there are none, or one is no chat.
     """
-    text = _read(source, "test.jsonl", aws)
+    text = read_text(source, "test.jsonl", aws)
     if text is None:
         raise DataError("there is no test.jsonl here", file=source, field="data", hint="`gorgon prepare` writes it")
     try:
@@ -77,7 +76,7 @@ def read_tuning(model: str, aws: Aws | None) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name in TUNING:
-        text = _read(model, name, aws)
+        text = read_text(model, name, aws)
         try:
             found |= {} if text is None else {name: json.loads(text)}
         except ValueError as error:
@@ -85,72 +84,70 @@ def read_tuning(model: str, aws: Aws | None) -> dict[str, Any]:
     return found
 
 
-def _read(source: str, name: str, aws: Aws | None) -> str | None:
-    """A file of a directory, here or in S3; None when it is not there."""
-    if not source.startswith("s3://"):
-        path = Path(source) / name
-        return path.read_text(encoding="utf-8") if path.is_file() else None
-    if aws is None:
-        raise DataError("this is in S3", file=source)
-    bucket, key = split_uri(source.rstrip("/"))
-    try:
-        body: bytes = aws.call("s3", "get_object", Bucket=bucket, Key=f"{key}/{name}")["Body"].read()
-    except CloudError as error:
-        if getattr(error, "code", "") in ("NoSuchKey", "404"):
-            return None
-        raise
-    return body.decode()
-
-
 def measure(
-    names: Sequence[str], prompts: Sequence[Messages], ask: Ask, *, trials: int
+    names: Sequence[str], prompts: Sequence[Messages], ask: Ask, *, trials: int, end: float
 ) -> dict[str, list[list[Answer]]]:
     """Asks every endpoint every prompt in each trial, one request at a time, taking turns at going first.
 
+    Args: end: moment of `time.monotonic` to stop at. What was asked by then counts: whole trials, or of a first trial
+        that is not whole the prompts that every endpoint has answered.
     Returns: endpoint -> answers[trial][prompt].
-    Raises: CloudError when the time is up.
+    Raises: CloudError when there was time for nothing.
     """
     series: dict[str, list[list[Answer]]] = {name: [] for name in names}
-    end = time.monotonic() + 60 * COMPARE_MINUTES
     for name in names:
         ask(name, prompts[0])  # the first request of a connection is another matter
     with bar("comparing", trials * len(prompts)) as shown:
         for trial in range(trials):
-            for one in series.values():
-                one.append([])
+            answers: dict[str, list[Answer]] = {name: [] for name in names}
             for number, prompt in enumerate(prompts):
+                if time.monotonic() > end:
+                    return _in_time(series, answers, trial, number)
                 first = (trial + number) % len(names)
                 for name in (*names[first:], *names[:first]):
-                    if time.monotonic() > end:
-                        raise CloudError(
-                            f"the comparison took more than {COMPARE_MINUTES} minutes", hint="take fewer prompts"
-                        )
-                    series[name][-1].append(ask(name, prompt))
+                    answers[name].append(ask(name, prompt))
                 shown.advance()
+            for name in names:
+                series[name].append(answers[name])
     return series
+
+
+def _in_time(
+    series: dict[str, list[list[Answer]]], last: dict[str, list[Answer]], trials: int, prompts: int
+) -> dict[str, list[list[Answer]]]:
+    if trials == 0 and prompts == 0:
+        raise CloudError(
+            f"the endpoints took all {COMPARE_MINUTES} minutes of the comparison to come up", field="endpoint.compare",
+            hint="take a smaller model or a faster machine",
+        )  # fmt: skip
+    kept = f"whole trials that count: {trials}" if trials else f"prompts that count: {prompts}"
+    say(f"the comparison's {COMPARE_MINUTES} minutes are up; {kept}")
+    return series if trials else {name: [answers] for name, answers in last.items()}
 
 
 def compare_endpoints(
     base: str, model: str, data: str, cloud: SageMakerConfig, out: Path, *,
-    report: Report, stamp: str, export: Export | None = None, prompts: int | None = None, trials: int = 3,
-    max_tokens: int = 128, stop: Sequence[str] = (),
+    report: Report, stamp: str, export: Export | None = None, tuned: str | None = None, stop: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Deploys three endpoints, compares them, deletes all three, keeps what was measured, and has it reported.
 
-    Args: base: the backbone before fine-tuning; model: the model directory with heads; data: what `prepare` wrote.
+    Args: base: the backbone before fine-tuning; model: the model directory with heads; data: what `prepare` wrote;
+        tuned: the directory that `model` was exported from, whose heads and drafts the report describes.
     Returns: what `report` returns.
     Raises: CloudError, BudgetError; the endpoints are gone in any case.
     """
     aws = Aws(cloud.region)
     place = resolve_place(cloud, aws)
-    rows = read_rows(data, aws, prompts)
-    tuning = read_tuning(model, aws)
-    limited = (cloud.endpoint or EndpointConfig()).model_copy(update={"delete_after_minutes": COMPARE_MINUTES})
+    settings = cloud.endpoint or EndpointConfig()
+    rows = read_rows(data, aws, settings.compare_prompts)
+    tuning = read_tuning(tuned or model, aws)
+    limited = settings.model_copy(update={"delete_after_minutes": COMPARE_MINUTES})
     cloud = cloud.model_copy(update={"endpoint": limited})
+    first, second, third = compared_names(stamp)
     launches = {
-        BASE: Launch(base, cloud, name=f"base-{stamp}", plain=True),
-        TUNED: Launch(model, cloud, name=f"sft-{stamp}", plain=True),
-        MEDUSA: Launch(model, cloud, name=f"medusa-{stamp}", export=export),
+        BASE: Launch(base, cloud, name=first, plain=True),
+        TUNED: Launch(model, cloud, name=second, plain=True),
+        MEDUSA: Launch(model, cloud, name=third, export=export),
     }
     specs = {name: launch.checked(aws, place) for name, launch in launches.items()}
     costs = {name: endpoint_cost(spec, cloud, aws) for name, spec in specs.items()}
@@ -159,25 +156,28 @@ def compare_endpoints(
     names = {name: spec.name for name, spec in specs.items()}
 
     def ask(name: str, prompt: Messages) -> Answer:
-        request: dict[str, Any] = {"messages": prompt, "max_tokens": max_tokens, "temperature": 0}
+        request: dict[str, Any] = {"messages": prompt, "max_tokens": settings.compare_max_tokens, "temperature": 0}
         start = time.perf_counter()
         answer = invoke(aws, names[name], {**request, "stop": list(stop)} if stop else request)
         return _answer(answer, time.perf_counter() - start)
 
+    end = time.monotonic() + 60 * COMPARE_MINUTES
     with ends_on_sigterm():
         deploy(aws, list(specs.values()), cloud, place, run=RUN)
         try:
-            series = measure(list(names), [prompt_of(row) for row in rows], ask, trials=trials)
+            series = measure(list(names), [prompt_of(row) for row in rows], ask,
+                             trials=settings.compare_trials, end=end)  # fmt: skip
         finally:
             for endpoint in names.values():
                 clean_up(aws, endpoint)
+    done = series[BASE]
     measured = {
         "format": 1, "data": data, "region": aws.region,
-        "settings": {"prompts": len(rows), "trials": trials, "max_tokens": max_tokens, "stop": list(stop),
-                     "endpoint": limited.model_dump(mode="json", exclude={"compare"})},
+        "settings": {"prompts": len(done[0]), "trials": len(done), "max_tokens": settings.compare_max_tokens,
+                     "stop": list(stop), "endpoint": limited.model_dump(mode="json", exclude={"compare"})},
         "endpoints": {name: _facts(specs[name], costs[name]) for name in names},
         "answers": {name: [[asdict(a) for a in trial] for trial in one] for name, one in series.items()},
-        "rows": rows, "tuning": tuning,
+        "rows": rows[: len(done[0])], "tuning": tuning,
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / MEASURED, measured)  # first of all: it was paid for

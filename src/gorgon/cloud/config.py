@@ -8,6 +8,8 @@ from pydantic import Field
 
 from gorgon.config import StepConfig
 
+COMPARE_MINUTES = 120
+"""A comparison on endpoints ends, and its endpoints with it, after this time."""
 Engine = Literal["gorgon", "vllm", "tgi"]
 
 
@@ -24,11 +26,19 @@ class EndpointConfig(StepConfig):
     health_check_s: int = Field(1800, ge=60, le=3600, description="Seconds that the container may take to answer.")
     download_s: int = Field(1800, ge=60, le=3600, description="Seconds that the download of the model may take.")
     data_capture: bool = Field(False, description="Store requests and answers in S3.")
-    max_input_tokens: int = Field(1024, ge=1, description="Longest prompt, in tokens.")
-    max_total_tokens: int = Field(2048, ge=2, description="Longest prompt and answer together, in tokens.")
+    max_input_tokens: int | None = Field(
+        None, ge=1, description="Longest prompt, in tokens; null leaves it to max_total_tokens. vLLM has no such limit."
+    )
+    max_total_tokens: int | None = Field(
+        None, ge=2, description="Longest prompt and answer together, in tokens; null is 2048 for vLLM and TGI, and for "
+        "gorgon the model's own, at most 4096.",
+    )  # fmt: skip
     delete_after_minutes: int | None = Field(None, ge=1, description="Delete the endpoint after this many minutes.")
     environment: dict[str, str] = Field({}, description="Further environment variables of the container.")
     compare: bool = Field(False, description="Deploy base, fine-tuned and Medusa side by side, compare, delete all.")
+    compare_prompts: int | None = Field(100, ge=1, description="Test prompts to compare on; null takes all of them.")
+    compare_trials: int = Field(3, ge=1, description="Timed passes of the comparison over the prompts.")
+    compare_max_tokens: int = Field(128, ge=1, description="Length limit of a compared answer, in tokens.")
 
 
 class SageMakerConfig(StepConfig):

@@ -16,9 +16,9 @@ from pathlib import Path
 from gorgon import ranks
 from gorgon.artifacts import MANIFEST, StepResult, link_tree, read_manifest, write_json
 from gorgon.cloud.images import gpu_count
-from gorgon.cloud.job import INPUTS
+from gorgon.cloud.job import INPUTS, JOBS
 from gorgon.cloud.layout import FAILURE_CHARACTERS, Layout
-from gorgon.config import STEPS, StepConfig, build, nearest
+from gorgon.config import StepConfig, build, nearest
 from gorgon.errors import CloudError, ConfigError, DataError, GorgonError, Interrupted, PeerError
 from gorgon.interrupts import graceful
 from gorgon.progress import say
@@ -101,14 +101,14 @@ def read_job(step: str, layout: Layout) -> StepConfig:
 
     Raises: ConfigError for an unknown step, an unknown or wrong setting; DataError for an empty or incomplete channel.
     """
-    if step not in STEPS:
-        raise ConfigError([f"there is no step '{step}': {nearest(step, list(STEPS))}"])
+    if step not in JOBS:
+        raise ConfigError([f"there is no step '{step}': {nearest(step, list(JOBS))}"])
     if not layout.config.is_dir():
         raise DataError(
             "not laid out like /opt/ml: input/config is missing", file=layout.base,
             hint="SageMaker makes this tree; on this machine `gorgon run RECIPE --on job` does",
         )  # fmt: skip
-    kind = STEPS[step]
+    kind = JOBS[step]
     values = layout.read_hyperparameters()
     for channel in layout.read_channels():
         if channel in INPUTS and channel in kind.model_fields:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gorgon.cloud.aws import Aws, AwsError, aws_errors, hint_for
+from gorgon.cloud.aws import Aws, AwsError, aws_errors, hint_for, our_tags
 from gorgon.cloud.config import SageMakerConfig
 from gorgon.cloud.endpoint import EndpointSpec, artifact_files, create_calls, scalable_target, scaling_calls
 from gorgon.cloud.jobs import poll_seconds, quota_error
@@ -23,8 +22,8 @@ from gorgon.cloud.logs import ENDPOINTS, LogTail
 from gorgon.cloud.plan import Place
 from gorgon.cloud.pricing import Cost, price_of
 from gorgon.cloud.runtime import stream_lines
-from gorgon.cloud.storage import ASSETS, Upload, send
-from gorgon.cloud.wheel import build_wheel
+from gorgon.cloud.storage import ASSETS, Upload
+from gorgon.cloud.wheel import build_wheel, package_digest
 from gorgon.errors import CloudError
 from gorgon.progress import say
 
@@ -34,17 +33,23 @@ DELETE_SECONDS = 900
 DELETE_AT = "gorgon:delete-at"
 
 
-def upload_artifact(aws: Aws, prefix: str) -> None:
-    """Puts the DJL handler and our wheel under an S3 prefix."""
-    with tempfile.TemporaryDirectory() as folder:
-        wheel = build_wheel(Path(folder))
-        files = {}
-        for name, content in artifact_files(wheel, ASSETS).items():
-            path = content if isinstance(content, Path) else Path(folder) / name
-            if isinstance(content, str):
-                path.write_text(content, encoding="utf-8")
-            files[f"{prefix}/{name}"] = path
-        send(Upload(prefix, files), aws)
+def artifact_prefix(place: Place, run: str) -> str:
+    """Where the DJL handler and our wheel lie, named by their contents: every endpoint of the same code reads them."""
+    return place.uri(run, "serving", package_digest())
+
+
+def artifact_upload(prefix: str, folder: Path) -> Upload:
+    """The DJL handler and our wheel, to go under an S3 prefix.
+
+    Args: folder: a directory that the files are made in.
+    """
+    files = {}
+    for name, content in artifact_files(build_wheel(folder), ASSETS).items():
+        path = content if isinstance(content, Path) else folder / name
+        if isinstance(content, str):
+            path.write_text(content, encoding="utf-8")
+        files[f"{prefix}/{name}"] = path
+    return Upload(prefix, files)
 
 
 def endpoint_cost(spec: EndpointSpec, cloud: SageMakerConfig, aws: Aws | None) -> Cost:
@@ -193,9 +198,8 @@ def list_endpoints(aws: Aws) -> list[dict[str, Any]]:
     """Our endpoints in this region: name, status, age, machine, when they are to be deleted, whether that is past."""
     found = []
     for endpoint in aws.pages("sagemaker", "list_endpoints", "Endpoints"):
-        labels = aws.call("sagemaker", "list_tags", ResourceArn=endpoint["EndpointArn"])["Tags"]
-        ours = {tag["Key"]: tag["Value"] for tag in labels}
-        if "gorgon:run" not in ours:
+        ours = our_tags(aws, endpoint["EndpointArn"])
+        if ours is None:
             continue
         created = endpoint["CreationTime"]
         delete_at = ours.get(DELETE_AT)

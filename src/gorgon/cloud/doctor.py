@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from gorgon.cloud.aws import ROLE_VARIABLE, Aws, AwsError, execution_role
 from gorgon.cloud.config import SageMakerConfig
 from gorgon.cloud.images import serving_image, training_image
+from gorgon.cloud.job import EXPORT
 from gorgon.cloud.plan import Place
-from gorgon.config import STEPS
 from gorgon.errors import CloudError
+
+ENDPOINT_USE = " for endpoint usage"
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,11 @@ class Finding:
     advice: str = ""
 
 
-def examine(cloud: SageMakerConfig) -> Iterator[Finding]:
-    """All checks, in the order in which a run would need their answers; the later ones need the earlier ones."""
+def examine(cloud: SageMakerConfig, steps: Collection[str]) -> Iterator[Finding]:
+    """All checks, in the order in which a run would need their answers; the later ones need the earlier ones.
+
+    Args: steps: names of the recipe's steps.
+    """
     try:
         aws = Aws(cloud.region)
         aws.client("sagemaker")
@@ -45,16 +50,20 @@ def examine(cloud: SageMakerConfig) -> Iterator[Finding]:
         role = None
     bucket = cloud.bucket or f"sagemaker-{aws.region}-{identity['Account']}"
     place = Place(aws.region, identity["Account"], role or "", bucket, cloud.prefix)
-    for check in (_role, _bucket, _images, _quotas):
-        yield from _checked(check, aws, cloud, place)
+    jobs = machines(cloud, steps)
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "role": lambda: _role(aws, place),
+        "bucket": lambda: _bucket(aws, place),
+        "image": lambda: _images(aws, cloud, place, jobs),
+        "quota": lambda: _quotas(aws, cloud, jobs),
+    }
+    for name, check in checks.items():
+        yield from _checked(name, check)
 
 
-def _checked(
-    check: Callable[[Aws, SageMakerConfig, Place], Iterator[Finding]], aws: Aws, cloud: SageMakerConfig, place: Place
-) -> Iterator[Finding]:
-    name = check.__name__.strip("_")
+def _checked(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
-        yield from check(aws, cloud, place)
+        yield from check()
     except AwsError as error:
         denied = "AccessDenied" in error.code or "not authorized" in str(error)
         yield Finding(name, None if denied else False, str(error), error.hint or "")
@@ -62,7 +71,7 @@ def _checked(
         yield Finding(name, False, str(error), error.hint or "")
 
 
-def _role(aws: Aws, _cloud: SageMakerConfig, place: Place) -> Iterator[Finding]:
+def _role(aws: Aws, place: Place) -> Iterator[Finding]:
     if not place.role:
         yield Finding(
             "role", False, "no execution role is named", f"set sagemaker.role in the recipe or {ROLE_VARIABLE}"
@@ -74,9 +83,9 @@ def _role(aws: Aws, _cloud: SageMakerConfig, place: Place) -> Iterator[Finding]:
     yield Finding("role", trusted, place.role, advice)
 
 
-def _bucket(aws: Aws, _cloud: SageMakerConfig, place: Place) -> Iterator[Finding]:
+def _bucket(aws: Aws, place: Place) -> Iterator[Finding]:
     try:
-        aws.call("s3", "head_bucket", Bucket=place.bucket)
+        aws.call("s3", "list_objects_v2", Bucket=place.bucket, Prefix=f"{place.prefix.strip('/')}/", MaxKeys=1)
     except AwsError as error:
         missing = error.code in ("404", "NoSuchBucket")
         advice = f"aws s3 mb s3://{place.bucket} --region {place.region}" if missing else (error.hint or "")
@@ -86,8 +95,8 @@ def _bucket(aws: Aws, _cloud: SageMakerConfig, place: Place) -> Iterator[Finding
     yield Finding("bucket", True, place.bucket)
 
 
-def _images(aws: Aws, cloud: SageMakerConfig, place: Place) -> Iterator[Finding]:
-    uris = [training_image(cloud.image, machine, place.region)[0] for machine in machines(cloud)]
+def _images(aws: Aws, cloud: SageMakerConfig, place: Place, jobs: list[str]) -> Iterator[Finding]:
+    uris = [training_image(cloud.image, machine, place.region)[0] for machine in jobs]
     if cloud.endpoint is not None:
         uris.append(serving_image(cloud.endpoint.engine, cloud.endpoint.image, place.region)[0])
     for uri in dict.fromkeys(uris):
@@ -100,20 +109,22 @@ def _images(aws: Aws, cloud: SageMakerConfig, place: Place) -> Iterator[Finding]
                 "ecr", "batch_get_image", registryId=registry.partition(".")[0], repositoryName=repository,
                 imageIds=[image],
             )  # fmt: skip
-        except AwsError as error:
+        except CloudError as error:
             yield Finding("image", None, f"{uri}: {error}", error.hint or "")
             continue
         ok = bool(found.get("images"))
         yield Finding("image", ok, uri, "" if ok else "this tag is not in the region's registry: choose another image")
 
 
-def _quotas(aws: Aws, cloud: SageMakerConfig, _place: Place) -> Iterator[Finding]:
+def _quotas(aws: Aws, cloud: SageMakerConfig, jobs: list[str]) -> Iterator[Finding]:
     use = "spot training job usage" if cloud.spot else "training job usage"
-    needed = [f"{machine} for {use}" for machine in machines(cloud)]
+    needed = [f"{machine} for {use}" for machine in jobs]
     if cloud.keep_alive_s:
-        needed += [f"{machine} for training warm pool usage" for machine in machines(cloud)]
+        needed += [f"{machine} for training warm pool usage" for machine in jobs]
+    serving = 0
     if cloud.endpoint is not None:
-        needed.append(f"{cloud.endpoint.instance_type} for endpoint usage")
+        needed.append(f"{cloud.endpoint.instance_type}{ENDPOINT_USE}")
+        serving = cloud.endpoint.instance_count * (3 if cloud.endpoint.compare else 1)
     quotas = {
         quota["QuotaName"]: quota
         for quota in aws.pages("service-quotas", "list_service_quotas", "Quotas", ServiceCode="sagemaker")
@@ -123,7 +134,7 @@ def _quotas(aws: Aws, cloud: SageMakerConfig, _place: Place) -> Iterator[Finding
         if quota is None:
             yield Finding("quota", None, f"{name}: not listed", "look under Service Quotas, Amazon SageMaker")
             continue
-        wanted = 3 if cloud.endpoint is not None and cloud.endpoint.compare and "endpoint" in name else 1
+        wanted = serving if name.endswith(ENDPOINT_USE) else 1
         ok = quota["Value"] >= wanted
         ask = (
             "aws service-quotas request-service-quota-increase --service-code sagemaker "
@@ -132,7 +143,11 @@ def _quotas(aws: Aws, cloud: SageMakerConfig, _place: Place) -> Iterator[Finding
         yield Finding("quota", ok, f"{name}: {quota['Value']:g}", "" if ok else ask)
 
 
-def machines(cloud: SageMakerConfig) -> list[str]:
-    """The machines that a recipe's jobs may take, each once."""
-    chosen = [cloud.instance_types.get(step, cloud.instance_type) for step in STEPS]
-    return list(dict.fromkeys(chosen))
+def machines(cloud: SageMakerConfig, steps: Collection[str]) -> list[str]:
+    """The machines that a recipe's jobs may take, each once.
+
+    Args: steps: names of the recipe's steps.
+    """
+    jobs = [*steps, *([EXPORT] if cloud.endpoint is not None and cloud.endpoint.engine != "gorgon" else [])]
+    chosen = [cloud.instance_types.get(job, cloud.instance_type) for job in jobs]
+    return list(dict.fromkeys([*chosen, *cloud.instance_fallbacks]))

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gorgon.cloud.config import EndpointConfig, SageMakerConfig
 from gorgon.cloud.images import gpu_count, serving_image
-from gorgon.cloud.plan import Place, resource_name
+from gorgon.cloud.plan import Place, resource_name, split_uri
 from gorgon.cloud.sagemaker import Call, tags
 from gorgon.errors import CloudError
 
 MODEL_DIR = "/opt/ml/model"
+BASE_CONFIG = "base-model/config.json"
 ADDITIONAL = "/opt/ml/additional-model-data-sources"
 VARIANT = "main"
 INFERENCE_ENVIRONMENT = 1024
 """Longest value of a model's environment variable; a training job's is half of that."""
+TOTAL_TOKENS = 2048
+"""Prompt and answer of vLLM and TGI unless the recipe says otherwise: they reserve memory for it when they start."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class EndpointSpec:
         engine, image, ami: who serves it.
         artifact: S3 prefix of what belongs beside the model: the handler and wheel, or the exported heads.
         heads: number of heads, for engines that must be told.
+        context: longest context of the model itself, in tokens; None where it cannot be looked up.
         plain: decode without drafts, to compare.
+        nested: the backbone lies in the model's directory base-model, as beside heads.
     """
 
     name: str
@@ -40,7 +45,9 @@ class EndpointSpec:
     ami: str | None
     artifact: str | None = None
     heads: int | None = None
+    context: int | None = None
     plain: bool = False
+    nested: bool = True
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -53,10 +60,17 @@ class EndpointSpec:
         """False for a hub id."""
         return self.model.startswith("s3://")
 
+    @property
+    def backbone(self) -> str:
+        """Where the container finds the weights without heads, or their hub id."""
+        if not self.model_in_s3:
+            return self.model
+        return f"{MODEL_DIR}/base-model" if self.nested else MODEL_DIR
+
 
 def endpoint_spec(
     name: str, model: str, settings: EndpointConfig, region: str, *, artifact: str | None = None,
-    heads: int | None = None, plain: bool = False,
+    heads: int | None = None, context: int | None = None, plain: bool = False,
 ) -> EndpointSpec:  # fmt: skip
     """Checks an endpoint's settings against each other and picks its image.
 
@@ -79,12 +93,50 @@ def endpoint_spec(
             "fewer machines at most than at the start", field="endpoint.max_instances", value=settings.max_instances,
             allowed=f"at least {settings.instance_count}",
         )  # fmt: skip
-    if settings.max_input_tokens >= settings.max_total_tokens:
+    limits(settings, context)
+    return EndpointSpec(name, model, settings, image, ami, artifact, heads, context, plain)
+
+
+def limits(settings: EndpointConfig, context: int | None = None) -> dict[str, str]:
+    """The variables by which an engine is told how long a prompt, and prompt and answer together, may be.
+
+    Args: context: the model's own, if it is known.
+    Raises: CloudError for limits that contradict each other or the model, that are given twice, or that the engine
+        does not have.
+    """
+    total, prompt = settings.max_total_tokens, settings.max_input_tokens
+    if total is not None and context is not None and total > context:
+        raise CloudError(
+            "the model's own context is shorter", field="endpoint.max_total_tokens", value=total,
+            allowed=f"at most {context}",
+        )  # fmt: skip
+    if settings.engine == "vllm" and prompt is not None:
+        raise CloudError(
+            "vLLM has no limit for the prompt alone", field="endpoint.max_input_tokens", value=prompt, allowed="null",
+            hint="max_total_tokens limits prompt and answer together; gorgon and tgi know both limits",
+        )  # fmt: skip
+    if settings.engine != "gorgon" and total is None:
+        total = min(TOTAL_TOKENS, context or TOTAL_TOKENS)
+    room = total if total is not None else context
+    if prompt is not None and room is not None and prompt >= room:
         raise CloudError(
             "a prompt of the longest kind leaves no room for an answer", field="endpoint.max_input_tokens",
-            value=settings.max_input_tokens, allowed=f"below max_total_tokens ({settings.max_total_tokens})",
+            value=prompt, allowed=f"below max_total_tokens ({room})",
         )  # fmt: skip
-    return EndpointSpec(name, model, settings, image, ami, artifact, heads, plain)
+    match settings.engine:
+        case "gorgon":
+            told = {"GORGON_CONTEXT": total, "GORGON_MAX_PROMPT": prompt}
+        case "vllm":
+            told = {"SM_VLLM_MAX_MODEL_LEN": total}
+        case "tgi":  # wants both
+            told = {"MAX_INPUT_TOKENS": prompt or (total or TOTAL_TOKENS) // 2, "MAX_TOTAL_TOKENS": total}
+    twice = sorted(told.keys() & settings.environment.keys())
+    if twice and (prompt is not None or settings.max_total_tokens is not None):
+        raise CloudError(
+            "this limit is given twice", field=f"endpoint.environment.{twice[0]}",
+            value=settings.environment[twice[0]], hint="keep endpoint.max_total_tokens and endpoint.max_input_tokens",
+        )  # fmt: skip
+    return {name: str(value) for name, value in told.items() if value is not None}
 
 
 def environment(spec: EndpointSpec) -> dict[str, str]:
@@ -99,21 +151,16 @@ def environment(spec: EndpointSpec) -> dict[str, str]:
         case "gorgon":
             made = {"GORGON_MODEL": model, **({"GORGON_DRAFTS": "none"} if spec.plain else {})}
         case "vllm":
-            made = {
-                "SM_VLLM_MODEL": f"{MODEL_DIR}/base-model" if spec.model_in_s3 else spec.model,
-                "SM_VLLM_MAX_MODEL_LEN": str(settings.max_total_tokens),
-            }
+            made = {"SM_VLLM_MODEL": spec.backbone}
             if not spec.plain:
                 # one column of drafts per head: vLLM's proposer returns as many as there are heads
+                heads = f"{ADDITIONAL}/heads" if spec.artifact else MODEL_DIR  # beside an exported backbone
                 made["SM_VLLM_SPECULATIVE_CONFIG"] = json.dumps(
-                    {"method": "medusa", "model": f"{ADDITIONAL}/heads", "num_speculative_tokens": spec.heads}
+                    {"method": "medusa", "model": heads, "num_speculative_tokens": spec.heads}
                 )
         case "tgi":
-            made = {
-                "HF_MODEL_ID": model + ("/base-model" if spec.plain and spec.model_in_s3 else ""), "SM_NUM_GPUS": "1",
-                "MAX_INPUT_TOKENS": str(settings.max_input_tokens), "MAX_TOTAL_TOKENS": str(settings.max_total_tokens),
-            }  # fmt: skip
-    made |= settings.environment
+            made = {"HF_MODEL_ID": spec.backbone if spec.plain else model, "SM_NUM_GPUS": "1"}
+    made |= limits(settings, spec.context) | settings.environment
     for key, value in made.items():
         if len(value) > INFERENCE_ENVIRONMENT:
             raise CloudError(
@@ -121,6 +168,11 @@ def environment(spec: EndpointSpec) -> dict[str, str]:
                 allowed=f"at most {INFERENCE_ENVIRONMENT}",
             )  # fmt: skip
     return made
+
+
+def compared_names(stamp: str) -> tuple[str, str, str]:
+    """Names of the endpoints that a comparison makes: base, fine-tuned, Medusa."""
+    return f"gorgon-base-{stamp}", f"gorgon-sft-{stamp}", f"gorgon-medusa-{stamp}"
 
 
 def create_calls(spec: EndpointSpec, cloud: SageMakerConfig, place: Place, *, run: str) -> list[Call]:
@@ -221,40 +273,30 @@ def delete_calls(name: str, *, scaled: bool = False) -> list[Call]:
     return [call.checked() for call in calls]
 
 
-def dry_calls(
-    cloud: SageMakerConfig, place: Place, *, run: str, stamp: str, model_uri: str, base: str
-) -> list[Call]:  # fmt: skip
-    """The calls that deploy a recipe's endpoint, or the three that are compared, watch, use and delete them."""
-    settings = cloud.endpoint
-    if settings is None:
-        return []
-    wanted = {resource_name("gorgon", run, stamp): (model_uri, False)}
-    if settings.compare:
-        wanted = {
-            f"base-{stamp}": (base, True),
-            f"sft-{stamp}": (model_uri, True),
-            f"medusa-{stamp}": (model_uri, False),
-        }
-    calls, gone = [], []
-    for name, (model, plain) in wanted.items():
-        artifact = None if settings.engine == "tgi" else place.uri("deploy", name, "serving")
-        spec = endpoint_spec(name, model, settings, place.region, heads=1, artifact=artifact, plain=plain)
-        calls += create_calls(spec, cloud, place, run=run)
-        calls.append(Call("sagemaker", "DescribeEndpoint", {"EndpointName": name}, note="until it is InService"))
-        body = json.dumps({"messages": [{"role": "user", "content": "..."}], "max_tokens": 256})
-        invoke = {"EndpointName": name, "ContentType": "application/json", "Body": body}
-        how, when = ("InvokeEndpoint", "once a prompt and trial") if settings.compare else (
-            "InvokeEndpointWithResponseStream", "as you use it"
-        )  # fmt: skip
-        calls.append(Call("sagemaker-runtime", how, invoke, note=when))
-        gone += delete_calls(name, scaled=settings.max_instances is not None)
-    if settings.compare:
-        note = "after the comparison, whatever happens"
-    elif settings.delete_after_minutes is not None:
-        note = f"after {settings.delete_after_minutes} minutes"
-    else:
-        note = "when you say so: gorgon endpoints delete NAME"
-    return calls + [replace(call, note=note) for call in gone]
+def ending_calls(name: str) -> list[Call]:
+    """What `gorgon endpoints delete` does: looks the endpoint up, takes all of it away, and waits until it is gone."""
+    return [
+        Call("sagemaker", "DescribeEndpoint", {"EndpointName": name}),
+        Call("sagemaker", "DescribeEndpointConfig", {"EndpointConfigName": name}),
+        *delete_calls(name, scaled=True),
+        Call("sagemaker", "DescribeEndpoint", {"EndpointName": name}),
+    ]
+
+
+def reading_calls(model: str) -> list[Call]:
+    """What is read of a model in S3 before an endpoint is made of it: that it is whole, and its description."""
+    bucket, key = split_uri(model.rstrip("/"))
+    listed = Call("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": f"{key}/"}, note="the model must be whole")
+    return [
+        listed,
+        *get_calls([f"{model.rstrip('/')}/{name}" for name in ("manifest.json", "config.json", BASE_CONFIG)]),
+    ]
+
+
+def get_calls(uris: Sequence[str]) -> list[Call]:
+    """GetObject of S3 addresses."""
+    found = [split_uri(uri) for uri in uris]
+    return [Call("s3", "GetObject", {"Bucket": bucket, "Key": key}) for bucket, key in found]
 
 
 def artifact_files(wheel: Path, assets: Path) -> dict[str, Path | str]:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gorgon.cloud.layout import OPT_ML
-from gorgon.config import StepConfig
+from gorgon.config import STEPS, ExportConfig, StepConfig
 
 INPUTS = ("model", "data", "train", "validation", "test")
 """Settings that may name files: a job gets them as channels of the same name."""
+EXPORT = "export"
+JOBS: dict[str, type[StepConfig]] = {**STEPS, EXPORT: ExportConfig}
+"""What can run as a job: a recipe's steps, and the export of what they made for an endpoint of vLLM or TGI."""
 CODE = "code"
 """Channel with our wheel, the start script and the recipe."""
 

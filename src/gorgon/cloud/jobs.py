@@ -7,9 +7,10 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from gorgon.cloud.aws import Aws, hint_for
+from gorgon.cloud.aws import Aws, hint_for, our_tags
 from gorgon.cloud.logs import TRAINING, LogTail
 from gorgon.errors import CloudError
 from gorgon.progress import say
@@ -75,7 +76,8 @@ def ask_to_stop(aws: Aws, name: str) -> None:
     answer = ""
     if sys.stdin.isatty():
         say(f"\n{name} is still running. Stop it? [y/N]")
-        answer = sys.stdin.readline().strip().lower()
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C wants to get away, not to stop the job
+            answer = sys.stdin.readline().strip().lower()
     if answer in ("y", "yes"):
         stop(aws, name)
         say(f"{name}: stopping; it writes a checkpoint first")
@@ -96,9 +98,8 @@ def list_jobs(aws: Aws, run: str | None, limit: int = 50) -> list[dict[str, Any]
     found = []
     parameters = {"SortBy": "CreationTime", "SortOrder": "Descending", **({"NameContains": run} if run else {})}
     for job in aws.pages("sagemaker", "list_training_jobs", "TrainingJobSummaries", **parameters):
-        tags = aws.call("sagemaker", "list_tags", ResourceArn=job["TrainingJobArn"])["Tags"]
-        ours = {tag["Key"]: tag["Value"] for tag in tags}
-        if "gorgon:run" not in ours:
+        ours = our_tags(aws, job["TrainingJobArn"])
+        if ours is None:
             continue
         found.append(
             {"name": job["TrainingJobName"], "status": job["TrainingJobStatus"], "run": ours["gorgon:run"],

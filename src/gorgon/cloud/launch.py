@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from gorgon.cloud.aws import Aws, AwsError, offline_place, resolve_place
+from gorgon.cloud.aws import Aws, offline_place, resolve_place
 from gorgon.cloud.config import EndpointConfig, SageMakerConfig
-from gorgon.cloud.deploy import deploy, endpoint_cost, ends_on_sigterm, keep_until_deleted, upload_artifact
-from gorgon.cloud.endpoint import EndpointSpec, create_calls, delete_calls, endpoint_spec
-from gorgon.cloud.plan import Place, resource_name
-from gorgon.cloud.pricing import guard
+from gorgon.cloud.deploy import (
+    artifact_prefix,
+    artifact_upload,
+    deploy,
+    endpoint_cost,
+    ends_on_sigterm,
+    keep_until_deleted,
+)
+from gorgon.cloud.endpoint import EndpointSpec, create_calls, ending_calls, endpoint_spec, reading_calls
+from gorgon.cloud.model import ModelFacts, read_facts
+from gorgon.cloud.plan import Place, resource_name, timestamp
+from gorgon.cloud.pricing import guard, price_query
 from gorgon.cloud.sagemaker import Call
-from gorgon.cloud.storage import Upload, check_prefix, send, split_uri, upload_of
-from gorgon.cloud.submit import timestamp
+from gorgon.cloud.storage import Upload, check_prefix, send, upload_of
 from gorgon.config import EMBEDDED
 from gorgon.errors import CloudError, ModelError
 
@@ -52,33 +58,43 @@ class Launch:
     def _name(self) -> str:
         return resource_name(self.name) if self.name else resource_name("gorgon", timestamp())
 
-    def spec(self, place: Place, name: str, model_uri: str, *, heads: int | None) -> EndpointSpec:
-        """What is deployed, checked."""
-        artifact = None
-        spec = endpoint_spec(name, model_uri, self.settings, place.region, heads=heads, plain=self.plain)
-        if spec.through_djl:
-            artifact = place.uri(RUN, name, "serving")
-        elif self.settings.engine == "vllm" and not self.plain:
-            artifact = place.uri(RUN, name, "heads")
-        return endpoint_spec(
-            name, model_uri, self.settings, place.region, artifact=artifact, heads=heads, plain=self.plain
+    @property
+    def _here(self) -> bool:
+        return not self.model.startswith("s3://") and Path(self.model).is_dir()
+
+    def spec(self, place: Place, name: str, facts: ModelFacts) -> EndpointSpec:
+        """What is deployed, checked; the address of a model that is here is a stand-in until it is uploaded.
+
+        Raises: CloudError and ModelError for a model that the engine cannot serve, and what `endpoint_spec` raises.
+        """
+        self._check_layout(facts)
+        address = place.uri(RUN, "inputs", "MODEL") if self._here else self.model
+        spec = endpoint_spec(
+            name, address, self.settings, place.region, heads=facts.heads, context=facts.context, plain=self.plain
         )
+        spec = replace(spec, nested=facts.layout is not None)
+        if spec.through_djl:
+            return replace(spec, artifact=artifact_prefix(place, RUN))
+        if self.settings.engine == "vllm" and not self.plain and facts.layout == "gorgon":
+            return replace(spec, artifact=place.uri(RUN, name, "heads"))
+        return spec
 
     def dry_run(self) -> list[Call]:
-        """Every API call, without credentials."""
+        """Every API call, without credentials. A model in S3 is taken for one that the engine can serve."""
         place, name = offline_place(self.cloud), self._name()
-        local = Path(self.model).is_dir()
-        uri = place.uri(RUN, name, "model") if local else self.model
-        heads = self._heads(None) if local else None
-        spec = self.spec(place, name, uri, heads=heads or (1 if self.settings.engine == "vllm" else None))
+        facts = self._facts(None)
+        spec = self.spec(place, name, facts)
         guard([endpoint_cost(spec, self.cloud, None)], None)
         calls = [Call("sts", "GetCallerIdentity", {})]
-        calls += upload_of(self.model, place, RUN).calls() if local else []
+        calls.append(Call("pricing", "GetProducts", price_query(self.settings.instance_type, place.region)))
+        calls += [] if self._here else reading_calls(self.model)
+        with self._uploads(place, spec, facts) as (spec, uploads):
+            calls += [call for upload in uploads for call in upload.calls()]
         calls += create_calls(spec, self.cloud, place, run=RUN)
         calls.append(Call("sagemaker", "DescribeEndpoint", {"EndpointName": name}, note="until it is InService"))
-        gone = delete_calls(name, scaled=self.settings.max_instances is not None)
-        note = f"when you say so: gorgon endpoints delete {name}"
-        return calls + [Call(c.service, c.operation, c.parameters, note=note) for c in gone]
+        minutes = self.settings.delete_after_minutes
+        note = f"when you say so: gorgon endpoints delete {name}" if minutes is None else f"after {minutes} minutes"
+        return calls + [replace(call, note=note) for call in ending_calls(name)]
 
     def run(self) -> str:
         """Uploads, deploys, and returns the endpoint's name once it serves; with a time to live, stays and deletes it.
@@ -98,80 +114,75 @@ class Launch:
 
     def checked(self, aws: Aws, place: Place) -> EndpointSpec:
         """What is deployed, checked to the last request, before anything is uploaded or billed."""
-        heads = self._heads(aws)
-        spec = self.spec(place, self._name(), self._address(aws, place, upload=False), heads=heads)
+        if self.model.startswith("s3://"):
+            check_prefix(aws, self.model, "model")
+        spec = self.spec(place, self._name(), self._facts(aws))
         create_calls(spec, self.cloud, place, run=RUN)
         return spec
 
     def upload(self, aws: Aws, place: Place, spec: EndpointSpec) -> EndpointSpec:
         """The same, after what it needs is in S3."""
-        spec = self.spec(place, spec.name, self._address(aws, place, upload=True), heads=spec.heads)
-        if spec.through_djl and spec.artifact:
-            upload_artifact(aws, spec.artifact)
-        elif spec.artifact:
-            self._upload_heads(aws, spec.artifact)
-        return spec
+        with self._uploads(place, spec, self._facts(aws)) as (ready, uploads):
+            for upload in uploads:
+                send(upload, aws)
+        return ready
 
-    def _address(self, aws: Aws, place: Place, *, upload: bool) -> str:
-        """Where the model is in S3, uploaded if it is here; a hub id stays what it is."""
-        if self.model.startswith("s3://"):
-            check_prefix(aws, self.model, "model")
-            return self.model
-        if not Path(self.model).is_dir():
-            if self.plain and (self.model == EMBEDDED or re.fullmatch(r"[\w.-]+/[\w.-]+", self.model)):
-                return self.model
-            raise ModelError(
-                "no such model directory", field="model", value=self.model,
-                hint="give the output of `gorgon tune`, or the s3:// address that a job left it at",
-            )  # fmt: skip
-        exported = self.settings.engine == "tgi" and self.export is not None and not self.plain
+    @contextmanager
+    def _uploads(
+        self, place: Place, spec: EndpointSpec, facts: ModelFacts
+    ) -> Iterator[tuple[EndpointSpec, list[Upload]]]:
+        """The deployment with its model's address, and what must be in S3 before; the files exist within the block."""
         with tempfile.TemporaryDirectory() as folder:
-            source = self.model
-            if exported and upload and self.export is not None:
-                source = str(Path(folder) / "model")
-                self.export(Path(self.model), Path(source), "tgi")
-            found = upload_of(source, place, RUN)
-            if upload:
-                send(found, aws)
-            return found.prefix
+            uploads = []
+            if self._here:
+                source = Path(self.model)
+                if self.settings.engine == "tgi" and not self.plain and facts.layout == "gorgon":
+                    source = self._exported(Path(folder) / "model", "tgi")
+                uploads.append(upload_of(str(source), place, RUN))
+                spec = replace(spec, model=uploads[0].prefix)
+            if spec.artifact and spec.through_djl:
+                uploads.append(artifact_upload(spec.artifact, Path(folder)))
+            elif spec.artifact:
+                heads = self._exported(Path(folder) / "heads", "vllm")
+                files = {f"{spec.artifact}/{p.name}": p for p in sorted(heads.iterdir()) if p.is_file()}
+                uploads.append(Upload(spec.artifact, files))  # the backbone beside them is uploaded with the model
+            yield spec, uploads
 
-    def _upload_heads(self, aws: Aws, prefix: str) -> None:
-        """The heads as vLLM reads them, beside the backbone. Raises CloudError when the model is not here to export."""
-        if not Path(self.model).is_dir() or self.export is None:
+    def _exported(self, out: Path, form: str) -> Path:
+        assert self.export is not None, "checked by _check_layout"
+        self.export(Path(self.model), out, form)
+        return out
+
+    def _facts(self, aws: Aws | None) -> ModelFacts:
+        if self.model.startswith("s3://") and aws is None:  # a dry run does not look
+            return ModelFacts(self.settings.engine, heads=1)
+        if self._here or self.model.startswith("s3://"):
+            return read_facts(self.model, aws)
+        if self.plain and (self.model == EMBEDDED or re.fullmatch(r"[\w.-]+/[\w.-]+", self.model)):
+            return ModelFacts()  # a hub id, which the container fetches itself
+        raise ModelError(
+            "no such model directory", field="model", value=self.model,
+            hint="give the output of `gorgon tune`, or the s3:// address that a job left it at",
+        )  # fmt: skip
+
+    def _check_layout(self, facts: ModelFacts) -> None:
+        engine = self.settings.engine
+        if self.plain or facts.layout == engine:
+            return
+        if facts.layout is None:
+            raise ModelError(
+                "a plain backbone has no heads", field="model", value=self.model,
+                hint="give the output of `gorgon tune`",
+            )  # fmt: skip
+        if facts.layout != "gorgon":
+            raise ModelError(
+                f"this directory was exported for {facts.layout}", field="model", value=self.model,
+                allowed=f"--engine {facts.layout}", hint="or give the directory that `gorgon tune` wrote",
+            )  # fmt: skip
+        if not self._here or self.export is None:
             raise CloudError(
-                "the heads must be exported for vLLM first, and the model is in S3", field="model", value=self.model,
-                hint="copy it here (`aws s3 cp --recursive`) and deploy the local directory",
-            )  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
-            heads = Path(folder) / "heads"
-            self.export(Path(self.model), heads, "vllm")
-            files = {f"{prefix}/{path.name}": path for path in sorted(heads.iterdir()) if path.is_file()}
-            send(Upload(prefix, files), aws)  # the backbone beside them is uploaded with the model
-
-    def _heads(self, aws: Aws | None) -> int | None:
-        """How many heads the model has, from its config.json."""
-        if self.plain:
-            return None
-        config: dict[str, Any] = {}
-        try:
-            if Path(self.model).is_dir():
-                config = json.loads((Path(self.model) / "config.json").read_text(encoding="utf-8"))
-            elif aws is not None and self.model.startswith("s3://"):
-                bucket, key = split_uri(self.model.rstrip("/"))
-                config = json.loads(
-                    aws.call("s3", "get_object", Bucket=bucket, Key=f"{key}/config.json")["Body"].read()
-                )
-        except (OSError, ValueError, AwsError) as error:
-            raise ModelError(
-                "this is no model directory with heads: config.json cannot be read", field="model", value=self.model,
-                hint="give the output of `gorgon tune`",
-            ) from error  # fmt: skip
-        heads = config.get("medusa_num_heads")
-        if config and heads is None:
-            raise ModelError(
-                "a plain backbone has no heads",
-                field="model",
+                f"the heads must be exported for {engine} first, and the model is in S3", field="model",
                 value=self.model,
-                hint="give the output of `gorgon tune`",
-            )
-        return int(heads) if heads is not None else None
+                hint="`gorgon run RECIPE --on sagemaker` exports them in a job of their own when the recipe's endpoint "
+                "has this engine; or copy the model here (`aws s3 cp --recursive`) and deploy the local directory",
+            )  # fmt: skip

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from gorgon.cloud.config import SageMakerConfig
-from gorgon.cloud.job import INPUTS, Channel, JobSpec, Resources, split_settings
-from gorgon.config import STEPS, StepConfig, nearest
+from gorgon.cloud.job import EXPORT, INPUTS, JOBS, Channel, JobSpec, Resources, split_settings
+from gorgon.config import ExportConfig, StepConfig, nearest
 from gorgon.errors import CloudError, ConfigError, DataError
 
 NAME_LIMIT = 63
 """Longest name of a training job, model, endpoint configuration or endpoint."""
+WITH_HEADS = ("tune", "train-heads")
+"""Steps that write a model with heads, the better one first."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,12 @@ class Place:
     def uri(self, *parts: str) -> str:
         """An address below the run's prefix."""
         return "/".join([f"s3://{self.bucket}", self.prefix.strip("/"), *parts])
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Bucket and key of an S3 address."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
 
 
 def resource_name(*parts: str) -> str:
@@ -54,7 +63,8 @@ def plan_jobs(
     cloud: SageMakerConfig | None = None,
     place: Place | None = None,
 ) -> list[JobSpec]:
-    """One job per step, each reading what earlier jobs write.
+    """One job per step, each reading what earlier jobs write; then one that exports the model, if vLLM or TGI is to
+    serve it: what the jobs leave is in S3, and need not come here for that.
 
     Args:
         steps: resolved configurations, whose inputs lie below `out` when an earlier step writes them.
@@ -64,6 +74,7 @@ def plan_jobs(
     """
     if cloud is not None:
         check_settings(cloud, steps)
+        steps = _with_export(steps, out, cloud)
     jobs: dict[str, JobSpec] = {}
     for step, config in steps.items():
         name = resource_name(run, step, stamp)
@@ -74,6 +85,35 @@ def plan_jobs(
             environment=cloud.environment if cloud else {}, resources=resources(cloud, step) if cloud else None,
         )  # fmt: skip
     return list(jobs.values())
+
+
+def s3_inputs(steps: Mapping[str, StepConfig], model: str) -> set[str]:
+    """Every S3 address that a recipe reads."""
+    named = {str(getattr(config, setting, None)) for config in steps.values() for setting in INPUTS}
+    return {uri for uri in (*named, model) if uri.startswith("s3://")}
+
+
+def _with_export(steps: Mapping[str, StepConfig], out: Path, cloud: SageMakerConfig) -> Mapping[str, StepConfig]:
+    made = next((step for step in WITH_HEADS if step in steps), None)
+    if made is None or cloud.endpoint is None or cloud.endpoint.engine == "gorgon":
+        return steps
+    return {**steps, EXPORT: ExportConfig(model=str(out / made), format=cloud.endpoint.engine)}
+
+
+def timestamp() -> str:
+    """Now, as a part of names."""
+    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+
+
+def final_step(made: Collection[str]) -> str:
+    """The step whose result is the chain's model: the tuned one, else the one with heads.
+
+    Raises: CloudError when no step makes a model with heads.
+    """
+    for step in WITH_HEADS:
+        if step in made:
+            return step
+    raise CloudError("no step of this recipe makes a model to deploy", field="sagemaker.endpoint", allowed="tune")
 
 
 def result_uri(spec: JobSpec) -> str:
@@ -116,8 +156,8 @@ def resources(cloud: SageMakerConfig, step: str) -> Resources:
 def check_settings(cloud: SageMakerConfig, steps: Mapping[str, StepConfig]) -> None:
     """Raises ConfigError with all settings that the service would accept and then fail on, or bill for nothing."""
     problems = [
-        f"'sagemaker.instance_types.{step}': {nearest(step, list(STEPS))}"
-        for step in cloud.instance_types if step not in STEPS
+        f"'sagemaker.instance_types.{step}': {nearest(step, list(JOBS))}"
+        for step in cloud.instance_types if step not in JOBS
     ]  # fmt: skip
     if cloud.spot and cloud.keep_alive_s:
         problems.append("'sagemaker.spot' and 'sagemaker.keep_alive_s' cannot be combined: no warm pools on spot")

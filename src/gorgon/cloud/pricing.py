@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gorgon.cloud.aws import Aws
 from gorgon.cloud.job import Resources
@@ -26,7 +27,7 @@ class Price:
 
     def shown(self) -> str:
         """In words."""
-        return "unknown" if self.per_hour is None else f"{self.per_hour:.3f} USD/h ({self.source})"
+        return "price unknown" if self.per_hour is None else f"{self.per_hour:.3f} USD/h ({self.source})"
 
 
 def price_of(
@@ -48,14 +49,19 @@ def price_of(
     return Price(instance_type, None, "unknown")
 
 
-def _listed(aws: Aws, instance_type: str, use: str, region: str) -> float | None:
-    """On-demand USD per hour from the Price List API."""
+def price_query(instance_type: str, region: str) -> dict[str, Any]:
+    """Parameters of GetProducts."""
     filters = [
         {"Type": "TERM_MATCH", "Field": "regionCode", "Value": region},
         {"Type": "TERM_MATCH", "Field": "instanceName", "Value": instance_type},
     ]
+    return {"ServiceCode": "AmazonSageMaker", "Filters": filters}
+
+
+def _listed(aws: Aws, instance_type: str, use: str, region: str) -> float | None:
+    """On-demand USD per hour from the Price List API."""
     usage, component = USES[use]
-    for text in aws.call("pricing", "get_products", ServiceCode="AmazonSageMaker", Filters=filters)["PriceList"]:
+    for text in aws.call("pricing", "get_products", **price_query(instance_type, region))["PriceList"]:
         product = json.loads(text)
         attributes = product["product"]["attributes"]
         if not (
@@ -113,10 +119,12 @@ def guard(costs: Sequence[Cost], budget_usd: float | None) -> float | None:
     totals = [cost.total for cost in costs]
     total = None if any(t is None for t in totals) else sum(t for t in totals if t is not None)
     say(f"at most in all: {'unknown' if total is None else f'{total:.2f} USD'}")
+    unknown = sorted({cost.price.instance_type for cost in costs if cost.price.per_hour is None})
+    if unknown:
+        say(f"  sagemaker.price_per_hour, or --price-per-hour, takes the price in USD of {', '.join(unknown)}")
     if budget_usd is None:
         return total
     if total is None:
-        unknown = sorted({c.price.instance_type for c in costs if c.price.per_hour is None})
         endless = [c.what for c in costs if c.hours is None]
         raise BudgetError(
             "there is a budget, and what this may cost is not known", field="sagemaker.budget_usd", value=budget_usd,

@@ -11,7 +11,7 @@ from gorgon.cloud.images import gpu_count, training_image
 from gorgon.cloud.job import CODE, Channel, JobSpec
 from gorgon.cloud.layout import OPT_ML
 from gorgon.cloud.plan import Place
-from gorgon.cloud.validate import validate
+from gorgon.cloud.validate import service_model, validate
 from gorgon.errors import CloudError
 from gorgon.ranks import TOGETHER
 
@@ -44,7 +44,7 @@ class Call:
 
         Raises: CloudError with everything that the service would refuse.
         """
-        validate(self.service, self.operation, self.parameters)
+        validate(service_model(self.service), self.operation, self.parameters)
         return self
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gorgon.artifacts import MANIFEST, digest_file, digest_input
 from gorgon.cloud.aws import Aws, AwsError, aws_errors
-from gorgon.cloud.plan import Place
+from gorgon.cloud.plan import Place, split_uri
 from gorgon.cloud.sagemaker import Call
 from gorgon.cloud.wheel import build_wheel
 from gorgon.errors import DataError
@@ -29,18 +29,13 @@ class Upload:
 
     def calls(self) -> list[Call]:
         """As API calls; the body is shown as the path of the file."""
-        shown = []
+        bucket, key = split_uri(self.prefix)
+        shown = [Call("s3", "ListObjectsV2", {"Bucket": bucket, "Prefix": f"{key}/"}, note="what is there already")]
         for uri, path in self.files.items():
             bucket, key = split_uri(uri)
             size = f"{path.stat().st_size:,} bytes; left out when it is there already"
             shown.append(Call("s3", "PutObject", {"Bucket": bucket, "Key": key, "Body": path.name}, note=size))
         return shown
-
-
-def split_uri(uri: str) -> tuple[str, str]:
-    """Bucket and key of an S3 address."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
 
 
 def upload_of(source: str, place: Place, run: str) -> Upload:
@@ -84,6 +79,26 @@ def listing(aws: Aws, prefix: str) -> list[dict[str, object]]:
     """The objects below an S3 prefix."""
     bucket, key = split_uri(prefix)
     return list(aws.pages("s3", "list_objects_v2", "Contents", Bucket=bucket, Prefix=key))
+
+
+def read_text(source: str, name: str, aws: Aws | None) -> str | None:
+    """A file of a directory, here or in S3; None when it is not there.
+
+    Raises: DataError for an S3 address without a client; CloudError, OSError, UnicodeDecodeError.
+    """
+    if not source.startswith("s3://"):
+        path = Path(source) / name
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    if aws is None:
+        raise DataError("this is in S3", file=source)
+    bucket, key = split_uri(source.rstrip("/"))
+    try:
+        body: bytes = aws.call("s3", "get_object", Bucket=bucket, Key=f"{key}/{name}")["Body"].read()
+    except AwsError as error:
+        if error.code in ("NoSuchKey", "404"):
+            return None
+        raise
+    return body.decode()
 
 
 def check_prefix(aws: Aws, uri: str, field: str) -> None:

@@ -1,150 +1,31 @@
-"""A recipe's jobs on SageMaker: shown as API calls, or uploaded, started, followed and chained."""
+"""A recipe's jobs on SageMaker: uploaded, started, followed and chained; then what its endpoint section asks for."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gorgon.artifacts import digest_input, write_json
-from gorgon.cloud.aws import Aws, AwsError, offline_place, resolve_place
-from gorgon.cloud.config import SageMakerConfig
-from gorgon.cloud.job import JobSpec
+from gorgon.cloud.aws import Aws, AwsError, resolve_place
+from gorgon.cloud.compare import compare_endpoints
+from gorgon.cloud.endpoint import create_calls
+from gorgon.cloud.job import EXPORT, JobSpec
 from gorgon.cloud.jobs import follow, quota_error
-from gorgon.cloud.logs import TRAINING
-from gorgon.cloud.plan import Place, plan_jobs, resource_name, result_uri
-from gorgon.cloud.pricing import Cost, guard, job_cost, price_of
+from gorgon.cloud.launch import Launch
+from gorgon.cloud.plan import Place, final_step, resource_name, result_uri, timestamp
+from gorgon.cloud.pricing import guard
+from gorgon.cloud.run import CloudRun
 from gorgon.cloud.sagemaker import Call, create_training_job
-from gorgon.cloud.storage import Upload, check_prefix, code_upload, send, upload_of
-from gorgon.config import EMBEDDED, CompareConfig, StepConfig
+from gorgon.cloud.storage import check_prefix, code_upload, send
+from gorgon.config import CompareConfig
 from gorgon.errors import CloudError
 from gorgon.progress import say
 
 STATE = "sagemaker.json"
-COMPARE_MINUTES = 120
-"""A comparison on endpoints ends, and its endpoints with it, after this time."""
-
-
-@dataclass(frozen=True)
-class CloudRun:
-    """A recipe on its way to SageMaker.
-
-    Args:
-        name: the recipe's name.
-        steps: resolved configurations in order.
-        cloud: the recipe's `sagemaker` section.
-        out: local directory of the run, which keeps the names of its jobs.
-        recipe: the recipe's file, sent along for the record.
-        base: the backbone before fine-tuning, for the comparison on endpoints.
-    """
-
-    name: str
-    steps: Mapping[str, StepConfig]
-    cloud: SageMakerConfig
-    out: Path
-    recipe: Path | None = None
-    base: str = EMBEDDED
-
-    def jobs(self, place: Place, stamp: str) -> list[JobSpec]:
-        """The chain of jobs."""
-        return plan_jobs(self.steps, self.out, run=self.name, stamp=stamp, cloud=self.cloud, place=place)
-
-    def uploads(self, jobs: list[JobSpec], place: Place) -> dict[str, Upload]:
-        """Local inputs by path."""
-        return {
-            channel.source: upload_of(channel.source, place, self.name)
-            for spec in jobs for channel in spec.channels if not channel.in_s3 and channel.job is None
-        }  # fmt: skip
-
-    def costs(self, jobs: list[JobSpec], aws: Aws | None) -> list[Cost]:
-        """The most that each job can cost."""
-        costs = []
-        for spec in jobs:
-            if spec.resources is not None:
-                machine = spec.resources.instance_type
-                costs.append(
-                    job_cost(
-                        spec.name, spec.resources, price_of(machine, "training", self.cloud.price_per_hour, aws=aws)
-                    )
-                )
-        return costs
-
-    def endpoint_costs(self, aws: Aws | None) -> list[Cost]:
-        """The most that the endpoint, or the three that are compared, can cost."""
-        settings = self.cloud.endpoint
-        if settings is None:
-            return []
-        price = price_of(settings.instance_type, "endpoint", self.cloud.price_per_hour, aws=aws)
-        minutes = COMPARE_MINUTES if settings.compare else settings.delete_after_minutes
-        machines = settings.instance_count * (3 if settings.compare else 1)
-        hours = None if minutes is None else minutes / 60
-        return [Cost(f"endpoints of {self.name}", price, machines, hours, "gorgon endpoints delete NAME")]
-
-
-def timestamp() -> str:
-    """Now, as a part of names."""
-    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-
-
-def dry_run(run: CloudRun, *, stamp: str | None = None) -> dict[str, Any]:
-    """Every API call that the run would make, checked against the service's model. Needs no credentials.
-
-    Raises: what planning and rendering raise, as the real run would before it starts anything.
-    """
-    place, stamp = offline_place(run.cloud), stamp or timestamp()
-    jobs = run.jobs(place, stamp)
-    uploads = run.uploads(jobs, place)
-    addresses = {source: upload.prefix for source, upload in uploads.items()}
-    calls = [Call("sts", "GetCallerIdentity", {})]
-    with code_upload(place, run.name, run.recipe) as code:
-        for upload in (code, *uploads.values()):
-            calls += upload.calls()
-        for spec in jobs:
-            calls.append(
-                create_training_job(spec, run.cloud, place, run=run.name, code_uri=code.prefix, uploads=addresses)
-            )
-            calls += watching(spec.name)
-    if run.cloud.endpoint is not None and jobs:
-        from gorgon.cloud.endpoint import dry_calls
-
-        calls += dry_calls(run.cloud, place, run=run.name, stamp=stamp, model_uri=final_model(jobs), base=run.base)
-    cost = guard([*run.costs(jobs, None), *run.endpoint_costs(None)], None)
-    return {
-        "name": run.name, "region": place.region, "account": place.account, "at_most_usd": cost,
-        "calls": [call.document() for call in calls],
-    }  # fmt: skip
-
-
-def watching(name: str) -> list[Call]:
-    """The calls that follow a job until it ends."""
-    return [
-        Call("sagemaker", "DescribeTrainingJob", {"TrainingJobName": name}, note="every few seconds until it ends"),
-        Call(
-            "logs", "DescribeLogStreams",
-            {"logGroupName": TRAINING, "logStreamNamePrefix": f"{name}/"}, note="as above",
-        ),
-        Call(
-            "logs", "GetLogEvents",
-            {"logGroupName": TRAINING, "logStreamName": f"{name}/algo-1-...", "startFromHead": True},
-            note="as above",
-        ),
-    ]  # fmt: skip
-
-
-def final_model(jobs: list[JobSpec]) -> str:
-    """The S3 address of the model directory that the chain ends in: the tuned one, else the one with heads.
-
-    Raises: CloudError when no step makes a model with heads.
-    """
-    made = {spec.step: result_uri(spec) for spec in jobs}
-    for step in ("tune", "train-heads"):
-        if step in made:
-            return made[step]
-    raise CloudError("no step of this recipe makes a model to deploy", field="sagemaker.endpoint", allowed="tune")
 
 
 def run_jobs(run: CloudRun) -> dict[str, str]:
@@ -160,6 +41,8 @@ def run_jobs(run: CloudRun) -> dict[str, str]:
     jobs = run.jobs(place, state.stamp)
     uploads = run.uploads(jobs, place)
     addresses = {source: upload.prefix for source, upload in uploads.items()}
+    for endpoint in run.endpoints(place, state.stamp, jobs):  # not after hours of jobs
+        create_calls(endpoint, run.cloud, place, run=run.name)
     for spec in jobs:
         for channel in spec.channels:
             if channel.in_s3 and channel.job is None:
@@ -180,6 +63,10 @@ def run_jobs(run: CloudRun) -> dict[str, str]:
         for number, spec in enumerate(jobs, start=1):
             say(f"[{number}/{len(jobs)}] {spec.step}")
             name = state.job(aws, spec)
+            if name is not None and spec not in waiting:
+                results[spec.step] = result_uri(replace(spec, name=name))
+                say(f"      unchanged, reused: {results[spec.step]}")
+                continue
             if name is None:
                 name = state.next_name(spec, run.name)
                 request = _with_results(requests[spec.step], spec, name, results)
@@ -202,20 +89,14 @@ def after_jobs(
     settings = run.cloud.endpoint
     if settings is None:
         return {}
-    from gorgon.cloud.compare import compare_endpoints
-    from gorgon.cloud.launch import Launch
-
-    model = results.get("tune") or results["train-heads"]
-    stamp = timestamp()
+    model = results[final_step(results)]
+    served, stamp = results.get(EXPORT, model), timestamp()
     if not settings.compare:
-        return {"endpoint": Launch(model, run.cloud, name=resource_name("gorgon", run.name, stamp)).run()}
-    compare = run.steps.get("compare") or CompareConfig()
-    if not isinstance(compare, CompareConfig) or "prepare" not in results:
-        raise CloudError("a comparison on endpoints needs the recipe's test prompts", field="endpoint.compare",
-                         hint="add a 'prepare' section")  # fmt: skip
+        return {"endpoint": Launch(served, run.cloud, name=resource_name("gorgon", run.name, stamp)).run()}
+    compare = run.steps.get("compare")
     summary = compare_endpoints(
-        run.base, model, results["prepare"], run.cloud, run.out / "endpoints", report=report, stamp=stamp,
-        prompts=compare.prompts, trials=compare.trials, max_tokens=compare.max_new_tokens, stop=compare.stop,
+        run.base, served, results["prepare"], run.cloud, run.out / "endpoints", report=report, stamp=stamp,
+        tuned=model, stop=compare.stop if isinstance(compare, CompareConfig) else (),
     )  # fmt: skip
     return {"endpoints": summary}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import zipfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -21,14 +22,9 @@ def build_wheel(folder: Path) -> Path:
     Source: PyPA specification "Binary distribution format".
     """
     installed = metadata.distribution(DISTRIBUTION)
-    files = {
-        f"gorgon/{path.relative_to(PACKAGE).as_posix()}": path.read_bytes()
-        for path in sorted(PACKAGE.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    contents = hashlib.sha256("".join(f"{name} {_digest(body)}\n" for name, body in files.items()).encode())
+    files = _package()
     release = installed.version.partition("+")[0]
-    version = f"{release}+g{contents.hexdigest()[:12]}"
+    version = f"{release}+g{_contents(files)[:12]}"
     stem = f"{DISTRIBUTION.replace('-', '_')}-{version}"
     info = f"{stem}.dist-info"
     about = (installed.read_text("METADATA") or "").replace(
@@ -47,6 +43,23 @@ def build_wheel(folder: Path) -> Path:
             entry.compress_type, entry.external_attr = packed, 0o644 << 16
             archive.writestr(entry, content)
     return path
+
+
+def package_digest() -> str:
+    """Names the package by its contents; the handler for the DJL container is a part of it."""
+    return _contents(_package())[:16]
+
+
+def _package() -> dict[str, bytes]:
+    return {
+        f"gorgon/{path.relative_to(PACKAGE).as_posix()}": path.read_bytes()
+        for path in sorted(PACKAGE.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def _contents(files: Mapping[str, bytes]) -> str:
+    return hashlib.sha256("".join(f"{name} {_digest(body)}\n" for name, body in files.items()).encode()).hexdigest()
 
 
 def _digest(content: bytes) -> str:

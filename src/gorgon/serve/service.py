@@ -83,14 +83,15 @@ class Service:
     def room(self, prompt_ids: Sequence[int]) -> int:
         """Tokens that an answer to this prompt may have.
 
-        Raises: LimitError when the prompt leaves none.
+        Raises: LimitError when the prompt leaves none, or is longer than the server takes.
         """
-        room = self.scheduler.context - len(prompt_ids)
-        if room < 1:
-            most = self.scheduler.context - 1
-            raise LimitError("the prompt does not fit into the context", field="prompt",
+        context, longest = self.scheduler.context, self.config.max_prompt
+        most = context - 1 if longest is None else min(context - 1, longest)
+        if len(prompt_ids) > most:
+            limit = "the context" if most == context - 1 else "this server's limit for prompts"
+            raise LimitError(f"the prompt does not fit into {limit}", field="prompt",
                              value=f"{len(prompt_ids)} tokens", allowed=f"at most {most}")  # fmt: skip
-        return room
+        return context - len(prompt_ids)
 
     def check(self, request: Request, limit_field: str) -> Request:
         """The request, if the engine can take it.

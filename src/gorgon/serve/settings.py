@@ -28,6 +28,7 @@ class ServeConfig(StepConfig):
     context: int | None = Field(
         None, ge=2, description="Tokens of prompt and answer that a slot holds; the model's own, at most 4096."
     )
+    max_prompt: int | None = Field(None, ge=1, description="Longest prompt, in tokens; null leaves it to the context.")
     queue: int = Field(64, ge=0, description="Answers that may wait for a slot; more are refused with 429.")
     prefill_chunk: int = Field(256, ge=1, description="Prompt tokens read between two decoding steps.")
     reuse_prefixes: bool = Field(True, description="Take a prompt's beginning from rows that earlier requests left.")

@@ -9,7 +9,8 @@ python3 -c 'import importlib.metadata as m
 for name in ("torch", "torchvision", "torchaudio"):
     try: print(f"{name}=={m.version(name)}")
     except m.PackageNotFoundError: pass' > "$log.torch"   # the image's torch fits its CUDA: pip must not replace it
-python3 -m pip install --no-cache-dir --disable-pip-version-check --quiet --find-links "$code" \
+# Where the image's Python is its system's (PEP 668), this container is still nobody else's.
+PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir --disable-pip-version-check --quiet --find-links "$code" \
   --constraint "$log.torch" ${GORGON_PIP_OPTIONS:-} "$(echo "$code"/gorgon_llm-*.whl)${GORGON_EXTRAS:-}" > "$log" 2>&1 &
 wait $! || {
   mkdir -p "$(dirname "$failure")"
