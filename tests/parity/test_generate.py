@@ -8,8 +8,6 @@ import torch
 from gorgon.core.sampling import Sampling
 from gorgon.decode.engine import Engine
 from gorgon.decode.request import Request
-from gorgon.models import linear
-from gorgon.models.compiler import has_cpp_compiler
 from tests.parity.support import CONTEXT, TREES, VOCAB, Oracle, backbone_of, oracle_engine, prompts, reference
 
 every_tree = pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
@@ -128,49 +126,3 @@ def test_after_an_end_token_measurements_go_on_if_asked(llama, tree):
     assert full[-1] == 1 and len(full) < 40
     last = list(oracle_engine(llama, tree, [prompt]).stream(Request(prompt, 40, ignore_end=True)))[-1]
     assert last.token_ids[: len(full)] == full and len(last.token_ids) == 40 and last.finish == "length"
-
-
-# how the numbers are computed
-
-
-@pytest.mark.parametrize("layout", ["as stored", "transposed", "packed"])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_weight_layouts_change_no_token(family, layout, monkeypatch):
-    monkeypatch.setattr(linear, "_fastest_layout", lambda layers: layout)
-    backbone, asked = backbone_of(family, own=True), prompts()
-    ids = torch.tensor([asked[3]])
-    before = backbone.model(ids).logits
-    expected = reference(backbone, asked[2], 30)
-    chosen = linear.lay_out_linear_weights(backbone.model)
-    assert set(chosen.values()) == {layout} and backbone.vocab_size == VOCAB
-    torch.testing.assert_close(backbone.model(ids).logits, before)
-    for name in ("plain", "bushy"):
-        engine = oracle_engine(backbone, TREES[name], [asked[2]], 30)
-        assert engine.answer(asked[2], max_new_tokens=30).token_ids == expected
-
-
-def test_the_layout_is_chosen_by_measurement():
-    backbone = backbone_of("llama", own=True)
-    chosen = linear.lay_out_linear_weights(backbone.model)
-    assert set(chosen) == {"32x32", "16x32", "48x32", "32x48", "61x32"}
-    packed = sum(isinstance(m, linear.PackedLinear) for m in backbone.model.modules())
-    assert (packed > 0) == ("packed" in chosen.values())
-
-
-def test_recorded_steps_write_the_same_tokens():
-    backbone, asked = backbone_of("gemma2, one layer", own=True), prompts((9, 30))
-    backbone.run_steps("recorded")
-    engine = oracle_engine(backbone, TREES["bushy + ngram"], asked, 30)
-    for together in (1, 2):
-        found = engine.generate(asked, max_new_tokens=30, together=together)
-        assert [a.token_ids for a in found] == [reference(backbone, p, 30) for p in asked]
-
-
-@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler")
-def test_compiled_steps_write_the_same_tokens():
-    """One tree and one batch size: each shape that is special to the compiler costs seconds."""
-    backbone, asked = backbone_of("llama, one layer", own=True), prompts((9, 30))
-    backbone.run_steps("compiled")
-    engine = oracle_engine(backbone, TREES["chain"], asked, 30)
-    found = engine.generate(asked, max_new_tokens=30, together=1)
-    assert [a.token_ids for a in found] == [reference(backbone, p, 30) for p in asked]

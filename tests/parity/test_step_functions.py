@@ -1,0 +1,119 @@
+"""Weight layouts, recorded and compiled steps: how the numbers are computed changes no token."""
+
+import copy
+
+import pytest
+import torch
+
+from gorgon.decode.drafts import StaticDrafter
+from gorgon.decode.engine import Engine
+from gorgon.models import compiler, linear
+from gorgon.models.compiler import has_cpp_compiler
+from tests.parity.support import TREES, VOCAB, backbone_of, oracle_engine, prompts, reference
+
+
+@pytest.mark.parametrize("layout", ["as stored", "transposed", "packed"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_weight_layouts_change_no_token(family, layout, monkeypatch):
+    monkeypatch.setattr(linear, "_fastest_layout", lambda layers: layout)
+    backbone, asked = backbone_of(family, own=True), prompts()
+    ids = torch.tensor([asked[3]])
+    before = backbone.model(ids).logits
+    expected = reference(backbone, asked[2], 30)
+    chosen = linear.lay_out_linear_weights(backbone.model)
+    assert set(chosen.values()) == {layout} and backbone.vocab_size == VOCAB
+    torch.testing.assert_close(backbone.model(ids).logits, before)
+    for name in ("plain", "bushy"):
+        engine = oracle_engine(backbone, TREES[name], [asked[2]], 30)
+        assert engine.answer(asked[2], max_new_tokens=30).token_ids == expected
+
+
+def test_the_layout_is_chosen_by_measurement():
+    backbone = backbone_of("llama", own=True)
+    chosen = linear.lay_out_linear_weights(backbone.model)
+    assert set(chosen) == {"32x32", "16x32", "48x32", "32x48", "61x32"}
+    packed = sum(isinstance(m, linear.PackedLinear) for m in backbone.model.modules())
+    assert (packed > 0) == ("packed" in chosen.values())
+
+
+def test_recorded_steps_write_the_same_tokens():
+    backbone, asked = backbone_of("gemma2, one layer", own=True), prompts((9, 30))
+    backbone.run_steps("recorded")
+    engine = oracle_engine(backbone, TREES["bushy + ngram"], asked, 30)
+    for together in (1, 2):
+        found = engine.generate(asked, max_new_tokens=30, together=together)
+        assert [a.token_ids for a in found] == [reference(backbone, p, 30) for p in asked]
+
+
+@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler")
+def test_compiled_steps_write_the_same_tokens():
+    """One tree and one batch size: each shape that is special to the compiler costs seconds."""
+    backbone, asked = backbone_of("llama, one layer", own=True), prompts((9, 30))
+    backbone.run_steps("compiled")
+    engine = oracle_engine(backbone, TREES["chain"], asked, 30)
+    found = engine.generate(asked, max_new_tokens=30, together=1)
+    assert [a.token_ids for a in found] == [reference(backbone, p, 30) for p in asked]
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(1.0, "packed"), (9.0, "transposed")])
+@pytest.mark.parametrize("family", ["llama", "llama, tied, one group"])
+def test_one_layout_is_taken_for_all_that_is_compiled(family, seconds, expected, monkeypatch):
+    times = {"as stored": 0.1, "transposed": 2.0, "packed": seconds}
+    monkeypatch.setattr(linear, "_time_layouts", lambda layers: times)
+    backbone = backbone_of(family, own=True)
+    ids, embedding = torch.tensor([prompts()[3]]), backbone.model.get_input_embeddings().weight
+    before = backbone.model(ids).logits
+    assert linear.lay_out_for_compiler(backbone.model) == expected
+    layers = [m for m in backbone.model.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(layers) == 22
+    for layer in layers:
+        assert layer.weight.is_contiguous() == (expected == "packed")
+        assert layer.weight.t().is_contiguous() == (expected == "transposed")
+    assert backbone.model.get_input_embeddings().weight is embedding and embedding.is_contiguous()
+    torch.testing.assert_close(backbone.model(ids).logits, before)
+
+
+def test_nothing_is_compiled_again_for_other_sizes(monkeypatch):
+    made = []
+
+    def counted(guards, about=compiler._about_the_arguments):
+        made.append(len(guards))
+        return about(guards)
+
+    monkeypatch.setattr(compiler, "_about_the_arguments", counted)
+    backbone = backbone_of("llama, one layer", own=True)
+    backbone.run_steps("recorded")
+
+    def answer(tree, asked, together):
+        found = oracle_engine(backbone, tree, asked, 30).generate(asked, max_new_tokens=30, together=together)
+        assert [a.token_ids for a in found] == [reference(backbone, p, 30) for p in asked]
+
+    answer(TREES["bushy"], prompts((9, 30)), 1)
+    assert 0 < len(made) <= 2, "a prompt, and a step of one sequence and several nodes"
+    answer(TREES["bushy"], prompts((9, 30, 5)), 3)
+    first = len(made)
+    for name in ("bushy", "chain", "wide"):
+        for together in (1, 2, 3):
+            answer(TREES[name], prompts((7, 12, 31, 44), seed=3), together)
+    assert len(made) - first <= 1, "one sequence in buffers for several, at most: the drop from two to one"
+
+
+def test_what_is_compiled_for_one_backbone_serves_no_other():
+    first = backbone_of("llama, one layer", own=True)
+    other = backbone_of("llama, one layer", own=True)
+    other.model = copy.deepcopy(other.model)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.mul_(-0.7)
+    asked = prompts((9, 30))
+    expected = [e.generate(asked, max_new_tokens=20) for e in (engine_of(first), engine_of(other))]
+    assert expected[0][0].token_ids != expected[1][0].token_ids
+    for backbone in (first, other):
+        backbone.run_steps("recorded")
+    for backbone, answers in zip((first, other), expected, strict=True):
+        found = engine_of(backbone).generate(asked, max_new_tokens=20, together=1)
+        assert [a.token_ids for a in found] == [a.token_ids for a in answers]
+
+
+def engine_of(backbone):
+    return Engine(backbone, None, StaticDrafter(TREES["ngram"]))
