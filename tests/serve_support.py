@@ -35,9 +35,9 @@ QUESTIONS = (
 )  # fmt: skip
 
 
-def make_engine():
+def make_engine(model="embedded"):
     """Random heads and other trees for 1, 2, 3 and more rows: what is drafted must not matter."""
-    backbone = load_backbone("embedded", dtype="float32")
+    backbone = load_backbone(str(model), dtype="float32")
     torch.manual_seed(0)
     heads = MedusaHeads(3, 1, backbone.hidden_size, backbone.vocab_size)
     heads.start_from(backbone.lm_head.weight)

@@ -98,16 +98,17 @@ def random_cycle(vocab: int, seed: int = 3) -> list[int]:
     return following
 
 
-def tiny_llama(folder: Path, *, max_length: int = 256) -> Path:
-    """A random 2-layer Llama with the embedded backbone's tokenizer, saved to `folder`."""
+def tiny_llama(folder: Path, *, max_length: int = 256, layers: int = 2) -> Path:
+    """A random Llama of few layers with the embedded backbone's tokenizer, saved to `folder`."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_DIRECTORY)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=max_length, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, initializer_range=0.2,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=max_length,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        initializer_range=0.2,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -159,6 +159,8 @@ def test_many_clients_at_once(served, expected):
         ({"logit_bias": {"99999": 1}}, "logit_bias", "vocabulary"),
         ({"logit_bias": {"1": 101}}, "logit_bias", "-100 to 100"),
         ({"stop": [""]}, "stop.0", "at least 1"),
+        ({"stop": ["a"] * 20}, "stop", "at most 16"),
+        ({"temperature": 3, "n": "2", "no": 1}, "temperature", "(and wrong: n, no)"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "system"),
         ({"messages": [{"role": "user", "content": "x" * 20_000}]}, "prompt", "does not fit"),

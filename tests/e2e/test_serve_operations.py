@@ -3,9 +3,12 @@
 import io
 import json
 import logging
+import os
+import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +17,7 @@ from gorgon.decode.slots import Slots
 from gorgon.serve import scheduler as scheduler_module
 from gorgon.serve import server as server_module
 from gorgon.serve.gate import JsonLines
+from gorgon.serve.settings import ServeConfig
 from tests.serve_support import QUESTIONS, alone, ask, chat_ids, get, make_engine, post, server, wait_for
 
 CHAT = "/v1/chat/completions"
@@ -55,9 +59,9 @@ def statuses(served):
     return {path: get(served, path)[0] for path in ("/ping", "/health", "/v1/models")}
 
 
-def test_probes_fail_until_the_model_is_loaded_and_warm(engine, monkeypatch):
+def test_probes_fail_until_the_model_is_loaded_and_warm(engine, log, monkeypatch):
     loaded, warmed, warming = threading.Event(), threading.Event(), threading.Event()
-    warm_up = scheduler_module._warm_up
+    warm_up = scheduler_module.warm_up
 
     def slowly(*arguments, **options):
         warming.set()
@@ -68,7 +72,7 @@ def test_probes_fail_until_the_model_is_loaded_and_warm(engine, monkeypatch):
         assert loaded.wait(30)
         return engine
 
-    monkeypatch.setattr(scheduler_module, "_warm_up", slowly)
+    monkeypatch.setattr(scheduler_module, "warm_up", slowly)
     with server(engine, load=load, slots=1) as served:
         wait_for(lambda: get(served, "/metrics")[0] == 200)
         assert set(statuses(served).values()) == {503}
@@ -77,6 +81,7 @@ def test_probes_fail_until_the_model_is_loaded_and_warm(engine, monkeypatch):
         loaded.set()
         assert warming.wait(30)
         assert set(statuses(served).values()) == {503}
+        assert get(served, "/ping")[2]["error"]["message"] == "the server is warming up"
         warmed.set()
         wait_for(lambda: get(served, "/ping")[0] == 200)
         assert set(statuses(served).values()) == {200}
@@ -84,6 +89,8 @@ def test_probes_fail_until_the_model_is_loaded_and_warm(engine, monkeypatch):
             "status": "ready", "model": "embedded", "queued": 0, "active": 0, "slots": 1, "context": 512,
             "drafts": "tuned",
         }  # fmt: skip
+    probes = [line["status"] for line in log() if line.get("path") == "/ping"]
+    assert probes == [503, 200], "probes are logged when their answer changes, not every few seconds"
 
 
 def test_probes_fail_while_a_step_hangs_and_recover_with_it(engine, monkeypatch):
@@ -216,6 +223,32 @@ def test_a_client_that_does_not_read_cannot_hold_up_the_end(engine, log, monkeyp
     assert time.monotonic() - began < 3
     deaf.close()
     assert [line.get("error") for line in log()] == ["cut off: the server has stopped"]
+
+
+def test_a_stop_while_the_model_loads_ends_the_process_at_once(monkeypatch):
+    """Python cannot end while another thread compiles or loads: it would crash."""
+    ends, goes_on = [], threading.Event()
+    monkeypatch.setattr(server_module, "start_log", lambda: None)
+    monkeypatch.setattr(server_module, "load", lambda _: goes_on.wait(30))
+    monkeypatch.setattr(server_module.os, "_exit", ends.append)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def stop():
+        served = SimpleNamespace(port=port)
+        wait_for(lambda: _listens(port))
+        assert get(served, "/ping")[0] == 503
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    server_module.serve(ServeConfig(model="embedded", port=port))
+    assert ends == [0]
+    goes_on.set()
+
+
+def _listens(port):
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _rest(connection):

@@ -45,10 +45,19 @@ def _open(browser, served, width, height, scheme):
 def test_the_race(browser, served, width, height, scheme):
     page = _open(browser, served, width, height, scheme)
     page.get_by_role("button", name="Race").click()
+    shown = "['plain', 'medusa'].every(side => Number(document.querySelector(`#${side}-facts b`).textContent) > 0)"
+    live = page.wait_for_function(f"{shown} && document.getElementById('verdict').textContent", timeout=60_000)
+    assert live.json_value().startswith("Racing"), "the rates came only at the end"
     page.get_by_text("Identical output").wait_for(timeout=60_000)
     plain, medusa = page.locator("#plain-out").inner_text(), page.locator("#medusa-out").inner_text()
     assert plain == medusa and plain.startswith("SELECT")
-    assert page.locator("#medusa-out .block").count() <= page.locator("#plain-out .block").count()
+    for side in ("plain", "medusa"):  # a block holds what one step added to the text
+        blocks = page.locator(f"#{side}-out .block")
+        steps = page.evaluate(f"state['{side}'].end.steps")
+        assert 1 <= blocks.count() <= steps + 1
+        tokens, most = page.evaluate(f"[state['{side}'].tokens, state['{side}'].end.tokens]")
+        assert tokens == most >= steps
+    assert page.locator("#medusa-out .block").count() < page.locator("#plain-out .block").count()
     assert page.locator(".speed").inner_text().endswith("×")
     accepted = 0
     for i in range(1, page.locator("#medusa-out .block").count()):

@@ -19,6 +19,7 @@ from gorgon.cloud.layout import Layout
 from gorgon.config import FinetuneConfig, TrainHeadsConfig
 from gorgon.train.finetune import finetune
 from gorgon.train.heads import train_heads
+from tests.e2e.warm_python import warm_python
 from tests.train_support import tiny_project
 
 GORGON = [sys.executable, "-m", "gorgon.cli"]
@@ -61,6 +62,14 @@ def project(tmp_path_factory):
     return tiny_project(tmp_path_factory.mktemp("project"))
 
 
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """Lets torchrun's workers fork from a process that has imported everything; launchers start as they always do."""
+    modules = ("trl.trainer.sft_trainer", "peft", "gorgon.train.finetune", "gorgon.train.heads", "gorgon.pipeline")
+    with warm_python(tmp_path_factory.mktemp("warm"), modules) as environment:
+        yield environment
+
+
 def start(command, *arguments, **environment):
     return subprocess.Popen(
         [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -97,11 +106,11 @@ def container(folder: Path, project, hyperparameters) -> Layout:
     return layout
 
 
-def test_heads_of_a_job_stopped_and_resumed_are_those_of_one_process_with_the_doubled_batch(project, tmp_path):
-    values = {"heads": 2, "epochs": 80.0, "evaluations": 3, "learning_rate": 0.005, "feature_batch_tokens": 300}
+def test_heads_of_a_job_stopped_and_resumed_are_those_of_one_process_with_the_doubled_batch(project, warm, tmp_path):
+    values = {"heads": 2, "epochs": 40.0, "evaluations": 3, "learning_rate": 0.005, "feature_batch_tokens": 300}
     layout = container(tmp_path / "ml", project, values | {"batch_tokens": 30})
     partial, out = layout.checkpoints / "train-heads.partial" / "checkpoints", layout.model
-    process = start(GORGON, "step", "train-heads", "--base-dir", layout.base)
+    process = start(GORGON, "step", "train-heads", "--base-dir", layout.base, **warm)
     _, said = stop_when(process, partial / "best.safetensors")
     assert process.returncode == 0, said
     assert "2 processes" in said and "stopped at step" in said and not layout.failure.exists()
@@ -110,7 +119,7 @@ def test_heads_of_a_job_stopped_and_resumed_are_those_of_one_process_with_the_do
     assert sorted(p.name for p in (partial / "train").iterdir()) == ["hidden.bin", "progress-0.json", "progress-1.json"]
     assert min(read) > 1 and abs(read[0] - read[1]) <= 1, "each process read its share of the texts"
 
-    process = start(GORGON, "step", "train-heads", "--base-dir", layout.base)
+    process = start(GORGON, "step", "train-heads", "--base-dir", layout.base, **warm)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 0, said
     assert said.count("resuming at step") == 1, "one process speaks for both"
@@ -129,7 +138,7 @@ def test_heads_of_a_job_stopped_and_resumed_are_those_of_one_process_with_the_do
         assert second["accuracy"][0] == pytest.approx(first["accuracy"][0], abs=0.05)
 
 
-def test_fine_tuning_stopped_and_resumed_is_that_of_one_process_with_the_doubled_batch(project, tmp_path):
+def test_fine_tuning_stopped_and_resumed_is_that_of_one_process_with_the_doubled_batch(project, warm, tmp_path):
     model, data = project
     values = {
         "model": model, "data": data, "epochs": 4.0, "learning_rate": 0.01, "lora_dropout": 0.0, "eval_steps": 16,
@@ -137,14 +146,14 @@ def test_fine_tuning_stopped_and_resumed_is_that_of_one_process_with_the_doubled
     }  # fmt: skip
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     arguments = ["finetune", "--out", out, *options(values | {"batch_size": 3})]
-    process = start(GORGON, *arguments, "--processes", 2)
+    process = start(GORGON, *arguments, "--processes", 2, **warm)
     _, said = stop_when(process, partial / "checkpoints" / "evaluations.json")
     assert process.returncode == 143, said
     assert "stopped at step" in said and not out.exists()
     (checkpoint,) = (partial / "checkpoints" / "trainer").glob("checkpoint-*")
     assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= {p.name for p in checkpoint.iterdir()}
 
-    process = start(TORCHRUN, *arguments)  # torchrun itself is as good
+    process = start(TORCHRUN, *arguments, **warm)  # torchrun itself is as good
     printed, said = process.communicate(timeout=100)
     assert process.returncode == 0, said
     assert printed.split() == [str(out)] and said.count("resuming at step") == 1
@@ -158,11 +167,11 @@ def test_fine_tuning_stopped_and_resumed_is_that_of_one_process_with_the_doubled
     assert metrics["loss_after"] == pytest.approx(result.manifest["metrics"]["loss_after"], rel=1e-4)
 
 
-def test_an_error_in_one_process_ends_both_and_is_the_one_that_is_told(project, tmp_path):
+def test_an_error_in_one_process_ends_both_and_is_the_one_that_is_told(project, warm, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(FAILS)
     layout = container(tmp_path / "ml", project, {"heads": 2, "batch_tokens": 30})
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    process = start(GORGON, "step", "train-heads", "--base-dir", layout.base, PYTHONPATH=path)
+    process = start(GORGON, "step", "train-heads", "--base-dir", layout.base, PYTHONPATH=path, **warm)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 2, said
     assert "error: a head is odd (field: heads; given: 7)" in said and "hint: look at it" in said

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from gorgon.core.draft import Draft
 from gorgon.core.sampling import Sampling
 from gorgon.decode import slots as slots_module
 from gorgon.decode.request import Request
@@ -14,6 +15,7 @@ from gorgon.serve.errors import BusyError, CancelledError, DeadlineError, Intern
 from gorgon.serve.jobs import End, Job
 from gorgon.serve.memory import plan_kv
 from tests.serve_support import alone, chat_ids, config, make_engine, scheduler, varied_requests, wait_for
+from tests.train_support import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -282,17 +284,35 @@ def test_a_cache_that_does_not_fit_is_refused_with_what_would(engine):
         plan_kv(engine, config(context=engine.backbone.max_length + 1))
 
 
-def test_nothing_is_compiled_after_the_warm_up():
-    """Otherwise the first request of some kind would stall everybody for seconds."""
+class Moody:
+    """Drafts nothing until it is told to, then chains, pairs, trees and roots in turn, as dynamic drafters may."""
+
+    nodes, heads, width, copies = 5, 2, 2, True
+
+    def __init__(self):
+        self.awake, self._turn = False, 0
+
+    def draft(self, root, _choices, _context):
+        draft = Draft([root])
+        self._turn += self.awake
+        for parent in ((), (0,), (0, 1), (0, 0), (0, 0, 1), (0, 1, 2, 3), (0, 0, 0, 1))[self._turn % 7]:
+            draft.add(root, parent)
+        return draft
+
+
+def test_nothing_is_compiled_after_the_warm_up(tmp_path):
+    """Otherwise the first request of some kind would stall everybody for seconds. A small model is traced sooner."""
     from torch._dynamo.utils import counters
 
-    engine = make_engine()
+    engine = make_engine(tiny_llama(tmp_path, max_length=512, layers=1))
     engine.backbone.run_steps("recorded")
-    engine = engine.with_drafter(engine.drafters[1])
+    moody = Moody()
+    engine = engine.with_drafter(moody)
     requests = [r for seed in range(3) for r in varied_requests(engine, 8, seed)]
     with scheduler(engine, slots=3, playground=False) as (made, run):
         before = counters["stats"]["unique_graphs"]
         assert before > 0
+        moody.awake = True
         for request in requests[:6]:
             run(collect(made, [request]))
             run(collect(made, [request]))

@@ -66,6 +66,8 @@ def _bench(to_endpoint: ToEndpoint) -> Callable[..., None]:
         connect = connector(url, region, api_key, timeout)
         levels = [Level(requests, clients=int(n)) for n in _numbers(clients, "clients")]
         levels += [Level(requests, rate=n) for n in _numbers(rate, "rate")]
+        if not levels:
+            raise GorgonError("no load is given", field="clients", hint="--clients 1,2,4 or --rate 2.5, or both")
         with graceful():
             document = run_bench(
                 url, api=api, levels=levels, prompts=prompts, model=model, api_key=api_key, max_tokens=max_tokens,  # type: ignore[arg-type]

@@ -20,7 +20,8 @@ from gorgon.errors import GorgonError, RefusedError
 
 Api = Literal["openai", "invocations", "tgi"]
 PATHS: dict[str, str] = {"openai": "/v1/chat/completions", "invocations": "/invocations", "tgi": "/invocations"}
-CONNECT_S = 10.0
+HINTS = {401: "give the server's key with --api-key", 404: "do --api and --model fit this server?",
+         503: "is it still loading?"}  # fmt: skip
 
 
 @dataclass
@@ -89,7 +90,7 @@ class HttpTransport:
                 retry = float(response.headers.get("retry-after") or 0)
             except ValueError:
                 retry = 0.0
-            raise RefusedError(response.status, text, retry_after_s=retry)
+            raise RefusedError(response.status, reason(text), retry_after_s=retry, hint=HINTS.get(response.status))
         while line := response.readline():
             yield line
 
@@ -102,6 +103,16 @@ class HttpTransport:
     def close(self) -> None:
         """As the protocol says."""
         self._connection.close()
+
+
+def reason(text: str) -> str:
+    """The message in an error's body, as OpenAI's, TGI's and FastAPI's servers write it; all of the text elsewhere."""
+    try:
+        found = json.loads(text)
+        found = found.get("error") or found.get("detail") or found.get("message") or text
+        return str(found["message"] if isinstance(found, dict) else found)
+    except (ValueError, AttributeError, KeyError):
+        return text
 
 
 def body_of(

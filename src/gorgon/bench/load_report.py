@@ -67,7 +67,7 @@ def render(document: Mapping[str, Any]) -> str:
 def throughput_figure(levels: Sequence[Mapping[str, Any]]) -> str:
     """Tokens per second by level."""
     with drawing(2.4) as (figure, axes):
-        axes.plot(range(len(levels)), [row["tokens_per_s"] for row in levels], color=MEDUSA, marker="o", markersize=4)
+        _draw(axes, levels, [row["tokens_per_s"] for row in levels], color=MEDUSA)
         _levels_axis(axes, levels)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("tokens per second")
@@ -79,12 +79,21 @@ def latency_figure(levels: Sequence[Mapping[str, Any]]) -> str:
     with drawing(2.4) as (figure, axes):
         for name, color, style in (("p50", MEDUSA, "-"), ("p99", MUTED, "--")):
             values = [row["latency_ms"][name] for row in levels]
-            axes.plot(range(len(levels)), values, color=color, linestyle=style, marker="o", markersize=4, label=name)
+            _draw(axes, levels, values, color=color, linestyle=style, label=name)
         _levels_axis(axes, levels)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("latency, ms")
         axes.legend(loc="upper left")
         return embed(figure, "latency", "Latency", "Median and 99th percentile by load; the table has the values.")
+
+
+def _draw(axes: Any, levels: Sequence[Mapping[str, Any]], values: Sequence[float], **style: Any) -> None:
+    """A line through the closed loop's levels and one through the open loop's: from one to the other is no way."""
+    for open_loop in (False, True):
+        places = [i for i, row in enumerate(levels) if (row["rate"] is not None) == open_loop]
+        if places:
+            axes.plot(places, [values[i] for i in places], marker="o", markersize=4, **style)
+            style.pop("label", None)  # once in the legend
 
 
 def _levels_axis(axes: Any, levels: Sequence[Mapping[str, Any]]) -> None:

@@ -27,7 +27,7 @@ ROUTES = frozenset({*OPEN, "/v1/models", "/v1/completions", "/v1/chat/completion
                     "/openapi.json"})  # fmt: skip
 """Labels in the metrics; anything else is counted as one, so that strangers cannot make labels."""
 QUIET = frozenset({"/ping", "/health", "/metrics"})
-"""Paths that are asked every few seconds; they are logged only when they fail."""
+"""Paths that are asked every few seconds; they are logged only when their status is another one than before."""
 CROWDED = frozenset({"/v1/completions", "/v1/chat/completions"})
 """Paths that are refused before their body is looked at while no place is left: a crowd of refused clients must not
 take the interpreter from the engine."""
@@ -68,6 +68,7 @@ class Gate:
     ) -> None:
         """Args: check_room: raises BusyError while no answer can be queued."""
         self._app, self._meter, self._max_body_bytes, self._check_room = app, meter, max_body_bytes, check_room
+        self._probed = dict.fromkeys(QUIET, 200)
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,7 +103,9 @@ class Gate:
         finally:
             path = scope["path"]
             self._meter.request(path if path in ROUTES else "other", status)
-            if path not in QUIET or status >= 400:
+            if self._probed.get(path) != status:
+                if path in QUIET:
+                    self._probed[path] = status
                 fields |= {"status": status, "seconds": round(time.monotonic() - start, 4)}
                 log.info("request", extra={"fields": fields})
 

@@ -73,13 +73,17 @@ def problem_response(error: GorgonError) -> JSONResponse:
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> GorgonError:
     """Pydantic's findings as one error that names the first field and tells of all."""
-    # A union reports every member's complaint; the one that got furthest into the field says most.
-    first = max((e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]), key=lambda e: len(e["loc"]))
+    # A union reports every member's complaint; the one that got furthest into the field says most, and among equals one
+    # that is not about the type.
+    alike = [e for e in errors if _within_body(e)[:1] == _within_body(errors[0])[:1]]
+    first = max(alike, key=lambda e: (len(e["loc"]), not str(e["type"]).endswith("_type")))
     kind = str(first["type"])
     # A union's members are part of pydantic's path and no part of the body's.
     names = [str(part) for part in first["loc"] if part not in ("body", "str", "int") and not _UNION.search(str(part))]
     message = str(first["msg"]).removeprefix("Value error, ")
-    if kind == "json_invalid":
+    if not names and kind in ("model_attributes_type", "dict_type", "model_type"):
+        message = "the body is not a JSON object; is its content type application/json?"
+    elif kind == "json_invalid":
         names, message = [], "the body is not valid JSON"
     elif kind == "extra_forbidden":
         message = f"'{names[-1]}' is not a field of this request, or not supported"
@@ -89,9 +93,15 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> GorgonError:
         names = [message.split("'")[1]]
     elif names:
         message = f"'{'.'.join(names)}': {message}"
-    if len(errors) > 1:
-        message += f" (and {len(errors) - 1} more)"
+    others = list(dict.fromkeys(str(_within_body(e)[0]) for e in errors if e not in alike and _within_body(e)))
+    if others:
+        message += f" (and wrong: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''})"
     return GorgonError(message, field=".".join(names) or None)
+
+
+def _within_body(error: Mapping[str, Any]) -> tuple[Any, ...]:
+    path = tuple(error["loc"])
+    return path[1:] if path[:1] == ("body",) else path
 
 
 def plain_problem(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:

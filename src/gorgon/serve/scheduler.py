@@ -15,12 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from gorgon.core.sampling import GREEDY, Sampling
-from gorgon.data.chat import encode_prompt
 from gorgon.decode.engine import Engine
 from gorgon.decode.grammar import Grammars
-from gorgon.decode.request import Request
-from gorgon.decode.slots import Slots
 from gorgon.errors import GorgonError
 from gorgon.serve.errors import BusyError, InternalError, UnavailableError
 from gorgon.serve.jobs import Job, Submission
@@ -28,13 +24,13 @@ from gorgon.serve.lane import Lane, Sent
 from gorgon.serve.memory import KvPlan, plan_kv
 from gorgon.serve.metrics import Meter
 from gorgon.serve.settings import ServeConfig
+from gorgon.serve.warmup import warm_up
 
 State = Literal["loading", "ready", "draining", "failed", "stopped"]
 STUCK_S = 30.0
 """A turn takes milliseconds; one that takes longer than this will hardly end."""
 MOST_FAULTS = 3
 """Turns that may fail in a row before the server calls itself failed, to be replaced by whoever watches it."""
-WARM_TOKENS, WARM_STEPS = 12, 3
 
 log = logging.getLogger("gorgon.serve")
 
@@ -46,6 +42,7 @@ class Scheduler:
         """Args: load: makes the engine; called on the scheduler's own thread."""
         self.config, self.meter = config, meter
         self.state: State = "loading"
+        self.warming = False  # whether the model is there and only its first steps are missing
         self.failure: Exception | None = None
         self.engine: Engine | None = None
         self.plan: KvPlan | None = None
@@ -64,6 +61,11 @@ class Scheduler:
         """Begins to load. Args: on_end: called on the event loop if the engine cannot be loaded."""
         self._loop, self._on_end = asyncio.get_running_loop(), on_end
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
 
     @property
     def stuck(self) -> bool:
@@ -94,7 +96,8 @@ class Scheduler:
         """
         if self.state == "ready" and self.engine is not None and not self.stuck:
             return self.engine
-        reason = {"loading": "the model is loading", "draining": "the server is shutting down",
+        loading = "the server is warming up" if self.warming else "the model is loading"
+        reason = {"loading": loading, "draining": "the server is shutting down",
                   "failed": "the engine has failed", "stopped": "the server has stopped",
                   "ready": "the engine is stuck"}[self.state]  # fmt: skip
         raise UnavailableError(reason)
@@ -221,7 +224,8 @@ class Scheduler:
             log.debug("the event loop has ended")
 
     def _prepare(self) -> None:
-        engine = self._load()
+        engine = self.engine = self._load()
+        self.warming = True
         plan = plan_kv(engine, self.config)
         reuse = self.config.reuse_prefixes
         lanes = {
@@ -231,9 +235,9 @@ class Scheduler:
             plain = engine.plain().slots(1, plan.context, reuse=reuse)
             lanes["plain"] = Lane(plain, self.config.prefill_chunk, self.meter)
         for name, lane in lanes.items():
-            _warm_up(lane, full=self.config.warmup and name == "main")
+            warm_up(lane.slots, full=self.config.warmup and name == "main")
         self.grammars = _grammars(engine, prepare=self.config.warmup)
-        self.engine, self.plan, self.lanes = engine, plan, lanes
+        self.plan, self.lanes = plan, lanes
         self.meter.planned(plan)
         if self.state == "loading":
             self.state = "ready"
@@ -254,34 +258,3 @@ def _hand_out(sent: Sent) -> None:
     for job, event in sent:
         assert job.submission is not None
         job.submission.put(job.index, event)
-
-
-def _warm_up(lane: Lane, *, full: bool) -> None:
-    """Decodes a few tokens in every way that steps are compiled for, so that nobody waits for it later.
-
-    A compiler makes a version of its own for one row and for several, for plain decoding and for drafts, for one head
-    and for several, and for sampled tokens.
-    Args: full: false decodes one request only, which allocates the buffers.
-    """
-    slots = lane.slots
-    engine = slots.engine
-    prompt = encode_prompt(engine.backbone.tokenizer, [{"role": "user", "content": "Hello"}])
-    prompt = prompt[: max(slots.context - WARM_TOKENS, 1)]
-    for sampling in (GREEDY, Sampling(temperature=1.0, seed=0)) if full else (GREEDY,):
-        _fill(slots, Request(prompt, slots.context, sampling=sampling, ignore_end=True), slots.count if full else 1)
-
-
-def _fill(slots: Slots, request: Request, count: int) -> None:
-    """Seats the request again and again, and steps at the batch sizes that matter."""
-    sizes = {1, 2, slots.count, *slots.engine.drafters, *(size + 1 for size in slots.engine.drafters)}
-    made = []
-    for _ in range(count):
-        made.append(slots.admit(request))
-        slots.read_prompt()
-        if len(made) in sizes:
-            for _ in range(WARM_STEPS):
-                slots.step()
-    for running in made:
-        slots.drop(running)
-        if running.error is not None:
-            raise running.error

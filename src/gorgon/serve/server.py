@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -109,6 +111,9 @@ def serve(config: ServeConfig) -> None:
             signal.signal(number, handler)
     if scheduler.failure is not None:
         raise _told(scheduler.failure, config.model)
+    if scheduler.alive:  # it loads, compiles or hangs: the interpreter cannot end around it without a crash
+        sys.stderr.flush()
+        os._exit(0)
 
 
 async def _run(server: uvicorn.Server, listener: socket.socket, scheduler: Scheduler, address: str, name: str) -> None:
@@ -122,13 +127,21 @@ async def _run(server: uvicorn.Server, listener: socket.socket, scheduler: Sched
 
 
 async def _announce(scheduler: Scheduler, address: str, name: str) -> None:
-    """Says when the server is ready, and what it reserved."""
+    """Says what the server does until it is ready, and what it reserved."""
+    start = time.monotonic()
+    say(f"loading {name}; {address}/ping answers 503 until it is served")
+    while scheduler.state == "loading" and not scheduler.warming:
+        await asyncio.sleep(0.05)
+    if scheduler.warming and scheduler.engine is not None:
+        how = scheduler.engine.backbone.steps
+        say(f"warming up, {how} steps" + ("; compiling them can take minutes" if how == "compiled" else ""))
     while scheduler.state == "loading":
         await asyncio.sleep(0.05)
     if scheduler.state == "ready":
         say(str(scheduler.plan))
         say(f"serving {name} at {address}")
-        log.info("ready", extra={"fields": {"model": name, "address": address}})
+        fields = {"model": name, "address": address, "seconds": round(time.monotonic() - start, 1)}
+        log.info("ready", extra={"fields": fields})
 
 
 def _listen(config: ServeConfig) -> socket.socket:
@@ -144,8 +157,9 @@ def _listen(config: ServeConfig) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
         raise GorgonError(
-            f"cannot listen: {error.strerror or error}", field="port", value=f"{config.host}:{config.port}",
+            f"cannot listen: {reason}", field="port", value=f"{config.host}:{config.port}",
             hint="is another server running there? choose another --port",
         ) from error  # fmt: skip
 
