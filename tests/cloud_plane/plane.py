@@ -63,7 +63,7 @@ class Plane:
         """What a client needs to find us instead of AWS."""
         return {
             "AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": REGION, "AWS_EC2_METADATA_DISABLED": "true", "GORGON_POLL_SECONDS": "0.1",
+            "AWS_DEFAULT_REGION": REGION, "AWS_EC2_METADATA_DISABLED": "true", "GORGON_POLL_SECONDS": "0.05",
             "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
             "GORGON_SAGEMAKER_ROLE": ROLE,
         }  # fmt: skip

@@ -6,6 +6,7 @@ user namespaces are barred, the same command runs as a plain process on the same
 
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,14 +38,18 @@ def namespaces():
 
 
 def make_image(folder):
-    """An environment with everything that a training image has, and without Gorgon; its `bin` directory.
+    """An environment with everything that a training image has, and without Gorgon and torchao; its `bin` directory.
 
     The packages are links to the test environment's. pip may add to it but, kept offline, cannot replace any of them.
     """
     venv.create(folder, with_pip=False, symlinks=True)
     site = next(Path(folder).glob("lib/python*/site-packages"))
     for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if "gorgon" not in entry.name.lower() and entry.name != "__pycache__" and not (site / entry.name).exists():
+        if (
+            not re.search("gorgon|torchao", entry.name.lower())
+            and entry.name != "__pycache__"
+            and not (site / entry.name).exists()
+        ):
             (site / entry.name).symlink_to(entry)
     return Path(folder) / "bin"
 

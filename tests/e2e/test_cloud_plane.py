@@ -86,3 +86,11 @@ def test_help_needs_neither_boto3_nor_torch():
         "assert not {'torch', 'boto3', 'botocore'} & set(sys.modules), 'heavy imports'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_what_runs_jobs_and_reports_on_endpoints_loads_no_model_code():
+    code = (
+        "import sys, gorgon.cloud.submit, gorgon.cloud.dry, gorgon.bench.endpoints\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'heavy imports'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -10,6 +10,7 @@ from typing import Any
 from gorgon.artifacts import StepResult, StepRun, provenance, read_manifest, require_step_file, run_step, write_json
 from gorgon.bench.contestants import Contestants
 from gorgon.bench.decoders import MEDUSA, PLAIN, TRANSFORMERS, top_margin
+from gorgon.bench.facts import head_facts, single_request, tuned_facts
 from gorgon.bench.measure import Series, measure
 from gorgon.bench.quality import RowQuality, judge, summarize_quality
 from gorgon.bench.report import render
@@ -111,17 +112,6 @@ def read_document(path: Path, key: str, step: str) -> dict[str, Any]:
     return loaded
 
 
-def single_request(tuned: Mapping[str, Any]) -> dict[str, Any]:
-    """The tuned tree for batch size 1.
-
-    Raises: GorgonError when tree.json holds none.
-    """
-    for entry in tuned["trees"]:
-        if entry["batch_size"] == 1:
-            return dict(entry)
-    raise GorgonError("tree.json has no tree for single requests", field="trees", hint="run `gorgon tune` again")
-
-
 def best_tree(tuned: Mapping[str, Any], size: int) -> DraftTree:
     """The best tree of `size` nodes that has the heads' drafts alone, by the rank statistics in tree.json.
 
@@ -172,24 +162,6 @@ def summarize(
         "config": config.model_dump(mode="json"),
         **provenance(),
     }  # fmt: skip
-
-
-def head_facts(heads: Mapping[str, Any]) -> dict[str, Any]:
-    """The heads' accuracy at the evaluation that was kept, the best and not the last, and how they got there."""
-    evaluations = heads.get("evaluations") or []
-    best: dict[str, Any] = min(evaluations, key=lambda e: e["loss"], default={"accuracy": []})
-    return {"top1": [row[0] for row in best["accuracy"]], "accuracy": best["accuracy"], "evaluations": evaluations}
-
-
-def tuned_facts(tuned: Mapping[str, Any]) -> dict[str, Any]:
-    """What tuning chose for single requests, and the costs that chose it."""
-    chosen = single_request(tuned)
-    return {
-        **{key: chosen[key] for key in ("kind", "nodes", "mean_nodes")},
-        "ngram": chosen.get("ngram", 0),
-        "cost_curve": tuned["cost_curves"]["1"],
-        "candidates": tuned["candidates"],
-    }
 
 
 def tree_facts(ours: Series, contestants: Contestants, prompt: Prompt, tuned: Mapping[str, Any]) -> dict[str, Any]:

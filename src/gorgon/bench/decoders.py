@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from gorgon.decode.engine import Engine
 from gorgon.decode.text import cut_at_stop
-from gorgon.models.backbone import Backbone
+
+if TYPE_CHECKING:  # a report is made of answers, without what made them
+    from gorgon.decode.engine import Engine
+    from gorgon.models.backbone import Backbone
 
 PLAIN = "plain"
 MEDUSA = "medusa"

@@ -14,8 +14,8 @@ from typing import Any
 
 from gorgon.artifacts import provenance, write_json
 from gorgon.bench import figures
-from gorgon.bench.compare import head_facts, single_request, tuned_facts
 from gorgon.bench.decoders import Answer
+from gorgon.bench.facts import head_facts, single_request, tuned_facts
 from gorgon.bench.measure import Difference, Series, first_difference
 from gorgon.bench.quality import RowQuality, judge, summarize_quality
 from gorgon.bench.report import dollars, fill, head_figures, percent, pick_examples, same_answers, tuning_figures
