@@ -40,8 +40,8 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         """A cache on buffers that another one owns: what a step function is given."""
         sequences, capacity = keys[0].shape[0], keys[0].shape[2]
         for buffer in (*keys, *values):  # one number each to the compiler, not one for every buffer
-            torch._check(buffer.shape[0] == sequences)
-            torch._check(buffer.shape[2] == capacity)
+            torch._check(buffer.shape[0] == sequences)  # type: ignore[no-untyped-call]
+            torch._check(buffer.shape[2] == capacity)  # type: ignore[no-untyped-call]
         cache = cls(len(keys), sequences, capacity)
         cache.keys, cache.values = list(keys), list(values)
         return cache
