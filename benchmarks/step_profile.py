@@ -97,7 +97,7 @@ def _parts(
 
     def forward() -> None:
         if pair is None:
-            bare._forward(batch.flat_4BN, lengths, visible, tuple(cache.keys), tuple(cache.values))
+            bare._forward(batch.flat_4BN, lengths, visible, *cache.buffers)
         else:
             pair.put(batch.flat_4BN, lengths)
             pair.run(0)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from gorgon.core.draft import Draft
 from gorgon.core.heads import MedusaHeads, PackedHeads
-from gorgon.decode.step import DraftBatch, Stepper, _settle
+from gorgon.decode.step import DraftBatch, Stepper, _settle, _verify
 from gorgon.models.cache import TreeCache
 from tests.parity.support import FAMILIES, VOCAB, backbone_of
 
@@ -74,12 +74,9 @@ def run(backbone, drafts, *, heads=0, sampled=False):
         packed = PackedHeads(MedusaHeads(heads, 1, backbone.hidden_size, VOCAB).to(META, torch.bfloat16), heads)
     choices = torch.zeros(len(drafts), 6, dtype=torch.int64, device=META) if sampled else None
     with torch.inference_mode(), NoHostValues(), Capturable() as mode:
-        tokens, _, depths, bits = batch.flat_4BN.unbind(0)
-        hidden = backbone.forward_tree(cache, tokens, depths, bits, lengths_B, 24)
+        hidden = _verify(backbone, cache, batch.flat_4BN, lengths_B, 24)
         reads = Stepper(backbone, packed, 3, None)._reads
-        table = _settle(
-            backbone, batch.flat_4BN, lengths_B, batch.longest, hidden, choices, cache.keys, cache.values, reads
-        )
+        table = _settle(backbone, cache, batch.flat_4BN, lengths_B, batch.longest, hidden, choices, reads)
     assert batch.longest == 6, "fixed, not the depth of today's drafts"
     assert table.shape == (len(drafts), 3 + 2 * 6 + 2 * heads * 3) and table.dtype == torch.float64
     return mode.seen

@@ -10,7 +10,7 @@ from gorgon.cloud.aws import ROLE_VARIABLE, Aws, AwsError, execution_role
 from gorgon.cloud.config import SageMakerConfig
 from gorgon.cloud.images import serving_image, training_image
 from gorgon.cloud.job import EXPORT
-from gorgon.cloud.plan import Place
+from gorgon.cloud.plan import Place, exported_for
 from gorgon.errors import CloudError
 
 ENDPOINT_USE = " for endpoint usage"
@@ -148,6 +148,6 @@ def machines(cloud: SageMakerConfig, steps: Collection[str]) -> list[str]:
 
     Args: steps: names of the recipe's steps.
     """
-    jobs = [*steps, *([EXPORT] if cloud.endpoint is not None and cloud.endpoint.engine != "gorgon" else [])]
+    jobs = [*steps, *([EXPORT] if exported_for(cloud) else [])]
     chosen = [cloud.instance_types.get(job, cloud.instance_type) for job in jobs]
     return list(dict.fromkeys([*chosen, *cloud.instance_fallbacks]))

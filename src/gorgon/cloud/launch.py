@@ -82,13 +82,12 @@ class Launch:
     def dry_run(self) -> list[Call]:
         """Every API call, without credentials. A model in S3 is taken for one that the engine can serve."""
         place, name = offline_place(self.cloud), self._name()
-        facts = self._facts(None)
-        spec = self.spec(place, name, facts)
+        spec = self.spec(place, name, self._facts(None))
         guard([endpoint_cost(spec, self.cloud, None)], None)
         calls = [Call("sts", "GetCallerIdentity", {})]
         calls.append(Call("pricing", "GetProducts", price_query(self.settings.instance_type, place.region)))
         calls += [] if self._here else reading_calls(self.model)
-        with self._uploads(place, spec, facts) as (spec, uploads):
+        with self._uploads(place, spec) as (spec, uploads):
             calls += [call for upload in uploads for call in upload.calls()]
         calls += create_calls(spec, self.cloud, place, run=RUN)
         calls.append(Call("sagemaker", "DescribeEndpoint", {"EndpointName": name}, note="until it is InService"))
@@ -122,21 +121,19 @@ class Launch:
 
     def upload(self, aws: Aws, place: Place, spec: EndpointSpec) -> EndpointSpec:
         """The same, after what it needs is in S3."""
-        with self._uploads(place, spec, self._facts(aws)) as (ready, uploads):
+        with self._uploads(place, spec) as (ready, uploads):
             for upload in uploads:
                 send(upload, aws)
         return ready
 
     @contextmanager
-    def _uploads(
-        self, place: Place, spec: EndpointSpec, facts: ModelFacts
-    ) -> Iterator[tuple[EndpointSpec, list[Upload]]]:
+    def _uploads(self, place: Place, spec: EndpointSpec) -> Iterator[tuple[EndpointSpec, list[Upload]]]:
         """The deployment with its model's address, and what must be in S3 before; the files exist within the block."""
         with tempfile.TemporaryDirectory() as folder:
             uploads = []
             if self._here:
                 source = Path(self.model)
-                if self.settings.engine == "tgi" and not self.plain and facts.layout == "gorgon":
+                if self.settings.engine == "tgi" and not self.plain and self._facts(None).layout == "gorgon":
                     source = self._exported(Path(folder) / "model", "tgi")
                 uploads.append(upload_of(str(source), place, RUN))
                 spec = replace(spec, model=uploads[0].prefix)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from gorgon.cloud.config import SageMakerConfig
 from gorgon.cloud.job import EXPORT, INPUTS, JOBS, Channel, JobSpec, Resources, split_settings
@@ -93,11 +94,18 @@ def s3_inputs(steps: Mapping[str, StepConfig], model: str) -> set[str]:
     return {uri for uri in (*named, model) if uri.startswith("s3://")}
 
 
+def exported_for(cloud: SageMakerConfig) -> Literal["vllm", "tgi"] | None:
+    """The engine of the recipe's endpoint, if it is one that needs the model exported."""
+    engine = "gorgon" if cloud.endpoint is None else cloud.endpoint.engine
+    return None if engine == "gorgon" else engine
+
+
 def _with_export(steps: Mapping[str, StepConfig], out: Path, cloud: SageMakerConfig) -> Mapping[str, StepConfig]:
     made = next((step for step in WITH_HEADS if step in steps), None)
-    if made is None or cloud.endpoint is None or cloud.endpoint.engine == "gorgon":
+    form = exported_for(cloud)
+    if made is None or form is None:
         return steps
-    return {**steps, EXPORT: ExportConfig(model=str(out / made), format=cloud.endpoint.engine)}
+    return {**steps, EXPORT: ExportConfig(model=str(out / made), format=form)}
 
 
 def timestamp() -> str:

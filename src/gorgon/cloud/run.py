@@ -95,6 +95,6 @@ class CloudRun:
         specs = []
         for name, (source, plain) in wanted.items():
             spec = endpoint_spec(name, source, settings, place.region, heads=heads, plain=plain)
-            spec = replace(spec, nested=source == model)  # the base model is no directory of ours with heads
-            specs.append(replace(spec, artifact=artifact_prefix(place, DEPLOY) if spec.through_djl else None))
+            artifact = artifact_prefix(place, DEPLOY) if spec.through_djl else None
+            specs.append(replace(spec, nested=source == model, artifact=artifact))  # the base is no directory of ours
         return specs

@@ -95,7 +95,6 @@ class PackedHeads:
             raise ShapeError("the tree is deeper than there are heads", field="heads", value=count,
                              allowed=f"0 to {len(heads)}")  # fmt: skip
         chosen = [cast(nn.Sequential, heads[k]) for k in range(count)]
-        self.count = count
         self._blocks = [
             (
                 torch.stack([cast(ResBlock, head[j]).linear.weight.detach() for head in chosen]).transpose(1, 2),
@@ -114,17 +113,13 @@ class PackedHeads:
         assert self._projection_KHV is not None
         return tuple(self._blocks), self._projection_KHV
 
-    def __call__(self, hidden_BH: Tensor) -> Tensor:
-        """Logits [K', B, V] at B positions, or [K', B, U] over the draft vocabulary.
-
-        Invariant: equal to `MedusaHeads.forward` at those positions up to rounding; drafts need no more, because every
-        token is verified by the backbone.
-        """
-        return read_heads(hidden_BH, *self.tensors)
-
 
 def read_heads(hidden_BH: Tensor, blocks: Sequence[tuple[Tensor, Tensor]], projection_KHV: Tensor) -> Tensor:
-    """Logits [K', B, V] of the heads whose `PackedHeads.tensors` these are, at B positions."""
+    """Logits [K', B, V], or [K', B, U] over the draft vocabulary, of the heads whose `PackedHeads.tensors` these are.
+
+    Invariant: equal to `MedusaHeads.forward` at those B positions up to rounding; drafts need no more, because every
+    token is verified by the backbone.
+    """
     x_KBH = hidden_BH.expand(len(projection_KHV), *hidden_BH.shape)
     for weight_KHH, bias_K1H in blocks:
         x_KBH = x_KBH + silu(torch.baddbmm(bias_K1H, x_KBH, weight_KHH))

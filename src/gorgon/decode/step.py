@@ -96,14 +96,10 @@ class Stepper:
     """
 
     def __init__(self, backbone: Backbone, heads: PackedHeads | None, width: int, vocabulary_U: Tensor | None) -> None:
-        self.backbone, self._heads, self._width, self._vocabulary_U = backbone, heads, width, vocabulary_U
+        self.backbone = backbone
         self._forward, self._greedy = backbone.step_function(_forward), backbone.step_function(_greedy)
         self._prompt = backbone.step_function(_prompt)
         self._reads: Reads | None = None if heads is None else (*heads.tensors, width, vocabulary_U)
-
-    @property
-    def _count(self) -> int:
-        return 0 if self._heads is None else self._heads.count
 
     @torch.inference_mode()
     def settle(
@@ -119,10 +115,9 @@ class Stepper:
         Args: choices_BN: the backbone's sampled token after each node; None takes the argmax.
         """
         packed = _settle(
-            self.backbone, batch.flat_4BN, lengths_B, batch.longest, hidden_BNH, choices_BN, cache.keys, cache.values,
-            self._reads,
-        )  # fmt: skip
-        return [self._decided(row, batch.longest) for row in packed.tolist()]
+            self.backbone, cache, batch.flat_4BN, lengths_B, batch.longest, hidden_BNH, choices_BN, self._reads
+        )
+        return self._decided(packed.tolist(), batch.longest)
 
     @torch.inference_mode()
     def step(
@@ -134,13 +129,11 @@ class Stepper:
         """
         captured = self._captured(cache, batch, lengths_B, visible, choose is not None)
         if captured is None:
-            buffers = tuple(cache.keys), tuple(cache.values)
+            flat_4BN, longest = batch.flat_4BN, batch.longest
             if choose is None:
-                hidden_BNH, packed = self._greedy(
-                    batch.flat_4BN, lengths_B, visible, batch.longest, *buffers, self._reads
-                )
-                return hidden_BNH, [self._decided(row, batch.longest) for row in packed.tolist()]
-            hidden_BNH = self._forward(batch.flat_4BN, lengths_B, visible, *buffers)
+                hidden_BNH, packed = self._greedy(flat_4BN, lengths_B, visible, longest, *cache.buffers, self._reads)
+                return hidden_BNH, self._decided(packed.tolist(), longest)
+            hidden_BNH = self._forward(flat_4BN, lengths_B, visible, *cache.buffers)
             return hidden_BNH, self.settle(cache, batch, lengths_B, hidden_BNH, choose(hidden_BNH))
         assert self.backbone.graphs is not None
         captured.put(batch.flat_4BN, lengths_B)
@@ -152,8 +145,7 @@ class Stepper:
             assert choices_BN is not None
             captured.put(choices_BN, at=2)
             (packed,) = captured.run(1)
-        rows = self.backbone.graphs.recorder.fetch(packed)
-        return hidden_BNH, [self._decided(row, batch.longest) for row in rows]
+        return hidden_BNH, self._decided(self.backbone.graphs.recorder.fetch(packed), batch.longest)
 
     def _captured(
         self, cache: TreeCache, batch: DraftBatch, lengths_B: Tensor, visible: int, sampled: bool
@@ -165,14 +157,11 @@ class Stepper:
         backbone, longest = self.backbone, batch.longest
 
         def forward(inputs: Sequence[Tensor], _: Sequence[Outputs]) -> Outputs:
-            return (_forward(backbone, inputs[0], inputs[1], visible, cache.keys, cache.values),)
+            return (_verify(backbone, cache, inputs[0], inputs[1], visible),)
 
         def settle(inputs: Sequence[Tensor], before: Sequence[Outputs]) -> Outputs:
             (hidden_BNH,), choices_BN = before[0], inputs[2] if sampled else None
-            packed = _settle(
-                backbone, inputs[0], inputs[1], longest, hidden_BNH, choices_BN, cache.keys, cache.values, self._reads
-            )
-            return (packed,)
+            return (_settle(backbone, cache, inputs[0], inputs[1], longest, hidden_BNH, choices_BN, self._reads),)
 
         def whole(inputs: Sequence[Tensor], before: Sequence[Outputs]) -> Outputs:
             hidden = forward(inputs, before)
@@ -190,19 +179,23 @@ class Stepper:
         start_1, visible = torch.tensor([start], device=self.backbone.device), start + len(tokens)
         if not cache.keys:  # the buffers come to be; step functions are given them
             self.backbone.forward_prompt(cache, tokens_1T[:, :1], start_1, start + 1)
-        # A single token has a shape of its own to the compiler, and is not worth half a minute.
+        # A single token has a shape of its own to the compiler, and is not worth compiling for.
         prompt = self._prompt if len(tokens) > 1 else partial(_prompt, self.backbone)
-        hidden_11H: Tensor = prompt(tokens_1T, start_1, visible, tuple(cache.keys), tuple(cache.values))
+        hidden_11H: Tensor = prompt(tokens_1T, start_1, visible, *cache.buffers)
         return hidden_11H
 
-    def _decided(self, row: list[float], longest: int) -> Decided:
+    def _decided(self, rows: Sequence[list[float]], longest: int) -> list[Decided]:
+        return [self._of_row(row, longest) for row in rows]
+
+    def _of_row(self, row: list[float], longest: int) -> Decided:
         node, depth = int(row[0]), int(row[1])
         path = row[3 : 3 + longest]
         finite = 0.0 not in row[3 + longest : 4 + longest + depth]
         tokens = [*map(int, path[1 : depth + 1]), int(row[2])]
-        if self._heads is None:
+        if self._reads is None:
             return Decided(tokens, node, None, finite)
-        at, size, width = 3 + 2 * longest, self._count * self._width, self._width
+        _, projection_KHU, width, _ = self._reads
+        at, size = 3 + 2 * longest, len(projection_KHU) * width
         found, logprobs = list(map(int, row[at : at + size])), row[at + size : at + 2 * size]
         starts = range(0, size, width)
         return Decided(
@@ -211,12 +204,16 @@ class Stepper:
         )  # fmt: skip
 
 
+def _verify(backbone: Backbone, cache: TreeCache, flat_4BN: Tensor, lengths_B: Tensor, visible: int) -> Tensor:
+    tokens_BN, _, depths_BN, bits_BN = flat_4BN.unbind(0)
+    return backbone.forward_tree(cache, tokens_BN, depths_BN, bits_BN, lengths_B, visible)
+
+
 def _forward(
     backbone: Backbone, flat_4BN: Tensor, lengths_B: Tensor, visible: int, keys: Buffers, values: Buffers
 ) -> Tensor:
     """Hidden states [B, N, H] of all nodes; their rows are in the cache's buffers."""
-    tokens_BN, _, depths_BN, bits_BN = flat_4BN.unbind(0)
-    return backbone.forward_tree(TreeCache.over(keys, values), tokens_BN, depths_BN, bits_BN, lengths_B, visible)
+    return _verify(backbone, TreeCache.over(keys, values), flat_4BN, lengths_B, visible)
 
 
 def _prompt(
@@ -229,13 +226,12 @@ def _prompt(
 
 def _settle(
     backbone: Backbone,
+    cache: TreeCache,
     flat_4BN: Tensor,
     lengths_B: Tensor,
     longest: int,
     hidden_BNH: Tensor,
     choices_BN: Tensor | None,
-    keys: Buffers,
-    values: Buffers,
     reads: Reads | None,
 ) -> Tensor:
     """Everything a step decides, as one float64 table [B, 3 + 2P + 2KR], so that it comes back in one transfer.
@@ -247,7 +243,7 @@ def _settle(
     chosen_BN = top_BN.indices if choices_BN is None else choices_BN
     best_B, path_BP = accept(tokens_BN, chosen_BN, parents_BN, depths_BN, ancestors(bits_BN), longest)
     if longest > 1:
-        TreeCache.over(keys, values).keep(lengths_B, path_BP)
+        cache.keep(lengths_B, path_BP)
     rows_B = torch.arange(len(best_B), device=best_B.device)
     parts = [
         torch.stack((best_B, depths_BN[rows_B, best_B], chosen_BN[rows_B, best_B]), dim=1),
@@ -275,5 +271,6 @@ def _greedy(
     reads: Reads | None,
 ) -> tuple[Tensor, Tensor]:
     """A whole step whose tokens are the argmax: hidden states of all nodes, and the table of `_settle`."""
-    hidden_BNH = _forward(backbone, flat_4BN, lengths_B, visible, keys, values)
-    return hidden_BNH, _settle(backbone, flat_4BN, lengths_B, longest, hidden_BNH, None, keys, values, reads)
+    cache = TreeCache.over(keys, values)
+    hidden_BNH = _verify(backbone, cache, flat_4BN, lengths_B, visible)
+    return hidden_BNH, _settle(backbone, cache, flat_4BN, lengths_B, longest, hidden_BNH, None, reads)

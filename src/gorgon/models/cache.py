@@ -37,7 +37,7 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     @classmethod
     def over(cls, keys: Sequence[Tensor], values: Sequence[Tensor]) -> TreeCache:
-        """A cache on buffers that another one owns: what a step function is given."""
+        """A cache on another one's `buffers`, inside a step function."""
         sequences, capacity = keys[0].shape[0], keys[0].shape[2]
         for buffer in (*keys, *values):  # one number each to the compiler, not one for every buffer
             torch._check(buffer.shape[0] == sequences)  # type: ignore[no-untyped-call]
@@ -96,6 +96,11 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         for mine, theirs in ((self.keys, source.keys), (self.values, source.values)):
             for to, from_ in zip(mine, theirs, strict=True):
                 to[target, :, :length] = from_[origin, :, :length]
+
+    @property
+    def buffers(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Keys and values of all layers: what a step function is given."""
+        return tuple(self.keys), tuple(self.values)
 
     @property
     def addresses(self) -> tuple[int, ...]:
