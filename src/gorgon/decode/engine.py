@@ -55,6 +55,7 @@ class Engine:
             if drafter.width > size:
                 raise ModelError("a rank of the tree exceeds the vocabulary", field="tree", value=drafter.width - 1,
                                  allowed=f"0 to {size - 1}")  # fmt: skip
+        self._chosen: dict[int, Drafter] = {}
         self._steppers: dict[bool, Stepper] = {}
         self._single: Slots | None = None
 
@@ -87,12 +88,21 @@ class Engine:
 
     def drafter(self, batch: int) -> Drafter:
         """What to draft when this many sequences are decoded together: the next larger batch's entry, or the last."""
-        sizes = sorted(self.drafters)
-        return self.drafters[next((s for s in sizes if s >= batch), sizes[-1])]
+        if batch not in self._chosen:
+            sizes = sorted(self.drafters)
+            self._chosen[batch] = self.drafters[next((s for s in sizes if s >= batch), sizes[-1])]
+        return self._chosen[batch]
 
     def stepper(self, batch: int) -> Stepper:
         """The step functions for that drafter: they read the heads for all drafters alike, or none if it needs none."""
-        reads = self.drafter(batch).heads > 0
+        return self._stepper(reads=self.drafter(batch).heads > 0)
+
+    @cached_property
+    def prompt_stepper(self) -> Stepper:
+        """The step functions for prompts: they read the heads for whatever drafter comes next."""
+        return self._stepper(reads=any(d.heads > 0 for d in self.drafters.values()))
+
+    def _stepper(self, *, reads: bool) -> Stepper:
         if reads not in self._steppers:
             heads, width = None, 0
             if self.heads is not None and reads:

@@ -190,8 +190,11 @@ class Slots:
         assert running is not None
         prompt = running.request.prompt_ids
         end = len(prompt) if most is None else min(len(prompt), running.read + most)
-        stepper = self.engine.stepper(len(self._decoding) + 1)
-        hidden_11H = stepper.prompt(self._entry, prompt[running.read : end], running.read)
+        root = Draft([0])
+        choose = None if end < len(prompt) or running.takes_argmax else partial(self._choices, [running], [root])
+        hidden_11H, decided = self.engine.prompt_stepper.prompt(
+            self._entry, prompt[running.read : end], running.read, choose
+        )
         running.read = end
         if self._prefixes is not None:
             self._prefixes.hold(self._entry_place, prompt[:end])
@@ -199,15 +202,8 @@ class Slots:
             return False
         self._entering = None
         running.length = len(prompt)
-        root = Draft([0])
-        try:
-            lengths_B = torch.tensor([len(prompt) - 1], device=self.engine.backbone.device)
-            choices = self._choices([running], [root], hidden_11H)
-            tensors = DraftBatch.of([root], hidden_11H.device)
-            decided = stepper.settle(self._entry, tensors, lengths_B, hidden_11H, choices)
-            self._take(running, decided[0], root, hidden_11H[0], first=True)
-        except GorgonError as error:
-            running.error = error
+        if running.error is None:
+            self._take(running, decided, root, hidden_11H[0], first=True)
         if not running.done:
             if self._entry is not self._cache:
                 self._cache.copy_sequence(self._entry, 0, len(self._decoding), running.length)

@@ -100,6 +100,7 @@ class Stepper:
         self._forward, self._greedy = backbone.step_function(_forward), backbone.step_function(_greedy)
         self._prompt = backbone.step_function(_prompt)
         self._reads: Reads | None = None if heads is None else (*heads.tensors, width, vocabulary_U)
+        self._end = DraftBatch.of([Draft([0])], backbone.device)  # of a prompt: a tree without drafts
 
     @torch.inference_mode()
     def settle(
@@ -133,7 +134,7 @@ class Stepper:
             if choose is None:
                 hidden_BNH, packed = self._greedy(flat_4BN, lengths_B, visible, longest, *cache.buffers, self._reads)
                 return hidden_BNH, self._decided(packed.tolist(), longest)
-            hidden_BNH = self._forward(flat_4BN, lengths_B, visible, *cache.buffers)
+            (hidden_BNH,) = self._forward(flat_4BN, lengths_B, visible, *cache.buffers)
             return hidden_BNH, self.settle(cache, batch, lengths_B, hidden_BNH, choose(hidden_BNH))
         assert self.backbone.graphs is not None
         captured.put(batch.flat_4BN, lengths_B)
@@ -173,16 +174,24 @@ class Stepper:
         return graphs.of(cache, key, inputs, (forward, settle) if sampled else (whole,))
 
     @torch.inference_mode()
-    def prompt(self, cache: TreeCache, tokens: Sequence[int], start: int) -> Tensor:
-        """Runs a part of a prompt, which begins at position `start`; returns its last hidden state [1, 1, H]."""
+    def prompt(
+        self, cache: TreeCache, tokens: Sequence[int], start: int, choose: Choose | None = None
+    ) -> tuple[Tensor, Decided]:
+        """Runs a part of a prompt, which begins at position `start`.
+
+        Args: choose: as for `step`.
+        Returns: its last hidden state [1, 1, H], and the token after it with what the heads say there.
+        """
         tokens_1T = torch.tensor([list(tokens)], device=self.backbone.device)
         start_1, visible = torch.tensor([start], device=self.backbone.device), start + len(tokens)
         if not cache.keys:  # the buffers come to be; step functions are given them
             self.backbone.forward_prompt(cache, tokens_1T[:, :1], start_1, start + 1)
         # A single token has a shape of its own to the compiler, and is not worth compiling for.
         prompt = self._prompt if len(tokens) > 1 else partial(_prompt, self.backbone)
-        hidden_11H: Tensor = prompt(tokens_1T, start_1, visible, *cache.buffers)
-        return hidden_11H
+        hidden_11H, packed = prompt(tokens_1T, start_1, visible, self._end.flat_4BN, *cache.buffers, self._reads)
+        if choose is None:
+            return hidden_11H, self._decided(packed.tolist(), self._end.longest)[0]
+        return hidden_11H, self.settle(cache, self._end, start_1, hidden_11H, choose(hidden_11H))[0]
 
     def _decided(self, rows: Sequence[list[float]], longest: int) -> list[Decided]:
         return [self._of_row(row, longest) for row in rows]
@@ -211,17 +220,9 @@ def _verify(backbone: Backbone, cache: TreeCache, flat_4BN: Tensor, lengths_B: T
 
 def _forward(
     backbone: Backbone, flat_4BN: Tensor, lengths_B: Tensor, visible: int, keys: Buffers, values: Buffers
-) -> Tensor:
+) -> tuple[Tensor]:
     """Hidden states [B, N, H] of all nodes; their rows are in the cache's buffers."""
-    return _verify(backbone, TreeCache.over(keys, values), flat_4BN, lengths_B, visible)
-
-
-def _prompt(
-    backbone: Backbone, tokens_1T: Tensor, start_1: Tensor, visible: int, keys: Buffers, values: Buffers
-) -> Tensor:
-    """The last hidden state [1, 1, H] of a part of a prompt."""
-    hidden_1TH = backbone.forward_prompt(TreeCache.over(keys, values), tokens_1T, start_1, visible)
-    return hidden_1TH[:, -1:].clone()
+    return (_verify(backbone, TreeCache.over(keys, values), flat_4BN, lengths_B, visible),)
 
 
 def _settle(
@@ -274,3 +275,20 @@ def _greedy(
     cache = TreeCache.over(keys, values)
     hidden_BNH = _verify(backbone, cache, flat_4BN, lengths_B, visible)
     return hidden_BNH, _settle(backbone, cache, flat_4BN, lengths_B, longest, hidden_BNH, None, reads)
+
+
+def _prompt(
+    backbone: Backbone,
+    tokens_1T: Tensor,
+    start_1: Tensor,
+    visible: int,
+    root_411: Tensor,
+    keys: Buffers,
+    values: Buffers,
+    reads: Reads | None,
+) -> tuple[Tensor, Tensor]:
+    """A part of a prompt: its last hidden state [1, 1, H], and the table of `_settle` for a tree that is its end."""
+    cache = TreeCache.over(keys, values)
+    hidden_1TH = backbone.forward_prompt(cache, tokens_1T, start_1, visible)
+    last_11H = hidden_1TH[:, -1:].clone()
+    return last_11H, _settle(backbone, cache, root_411, start_1, 1, last_11H, None, reads)

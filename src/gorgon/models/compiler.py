@@ -18,6 +18,7 @@ import torch
 
 from gorgon.config import StepMode
 from gorgon.errors import MissingDependencyError
+from gorgon.models.direct import DirectCalls
 
 StepFunction = Callable[..., Any]
 LARGEST_COMPILED = 300_000_000
@@ -69,7 +70,8 @@ def step_function(function: StepFunction, backbone: Any, mode: StepMode, *, pack
 
     In 'captured' mode it is the function itself: whole steps are captured where they are made (`decode.step`).
     Args:
-        function: of the backbone, then of tensors, numbers and tuples of tensors, so that few conditions guard a call.
+        function: of the backbone, then of tensors, numbers and tuples of tensors, so that few conditions guard a call;
+            returns a tuple of tensors.
         packed: whether oneDNN packs the weights of 'compiled' functions; if not, MKL takes them as they lie.
     Raises (when called): MissingDependencyError when the C++ compiler cannot build what torch generates.
     """
@@ -98,12 +100,11 @@ def step_function(function: StepFunction, backbone: Any, mode: StepMode, *, pack
     inductor.freezing = True
     inductor.cpp.enable_concat_linear = True
     options: dict[str, Any] = {
-        "guard_filter_fn": _about_the_arguments,
         "cpp_wrapper": True,  # the kernels are called from C++: Python would take a fifth of a small model's step
         "cpp.min_chunk_size": SERIAL_ELEMENTS,
         "cpp.weight_prepack": packed,
     }
-    compiled: StepFunction = torch.compile(own, dynamic=True, options=options)
+    compiled = DirectCalls(own, options, _about_the_arguments)
 
     def run(*arguments: Any) -> Any:
         try:

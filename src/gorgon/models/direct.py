@@ -1,0 +1,108 @@
+"""Calling generated code directly, without what torch does around it at every call.
+
+`torch.compile` checks its conditions, enters and leaves its contexts and unpacks the arguments in Python, 0.15 ms of a
+small model's step: little in a loop of its own, but a step's weights push all of it out of the processor's caches
+(docs/lab-notes.md, "What torch does around a call"). Here torch compiles and says under which conditions the code
+holds; its own check of them stays, and the rest is one list of arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+Call = Callable[..., Sequence[Tensor]]
+
+
+@dataclass(eq=False)
+class _Made:
+    """What the compiler made in one call of the function."""
+
+    inputs: list[str]
+    call: Call
+    outputs: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class _Version:
+    """Generated code: whether it holds for given arguments, what it is given of them, and itself."""
+
+    holds: Callable[[dict[str, Any]], bool]
+    inputs: Callable[[dict[str, Any]], list[Any]]
+    call: Call
+
+
+class DirectCalls:
+    """A function of `arguments` that returns a tuple of tensors, compiled for the arguments it meets.
+
+    Invariant: generated code runs only where torch's own conditions for it hold; for all else torch is asked.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], options: dict[str, Any], conditions: Any) -> None:
+        """Args:
+        function: takes `*arguments`; its code must be its own, for torch keeps versions by code.
+        options: of inductor, `cpp_wrapper` among them.
+        conditions: torch's `guard_filter_fn`.
+        """
+        self._code, self._options, self._made = function.__code__, options, list[_Made]()
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        self._free = {name: cell.cell_contents for name, cell in cells}
+        self._versions: list[_Version] = []
+        self._compiled = torch.compile(
+            function, dynamic=True, backend=self._generate, options={"guard_filter_fn": conditions}
+        )
+
+    def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Raises: what torch raises when it cannot compile."""
+        known = {**self._free, "arguments": arguments}
+        for place, version in enumerate(self._versions):
+            if version.holds(known):
+                if place:
+                    self._versions.insert(0, self._versions.pop(place))
+                return tuple(version.call(*[_number(v) if type(v) is int else v for v in version.inputs(known)]))
+        result: tuple[Tensor, ...] = self._compiled(*arguments)
+        made, self._made = self._made, []
+        if len(made) == 1:  # else torch has cut the function in pieces, or has compiled nothing
+            self._keep(made[0], known, result)
+        return result
+
+    def _generate(self, graph: Any, examples: Sequence[Any]) -> Call:
+        """The backend: inductor's code, and where in the function's arguments its inputs are."""
+        from torch._inductor.compile_fx import compile_fx
+
+        places = [node.meta["grapharg"].source.name for node in graph.graph.find_nodes(op="placeholder")]
+        made = _Made(places, cast(Call, compile_fx(graph, list(examples), config_patches=self._options)))
+        self._made.append(made)
+
+        def call(*inputs: Any) -> Sequence[Tensor]:
+            outputs = made.call(*inputs)
+            if made in self._made:
+                made.outputs = outputs
+            return outputs
+
+        return call
+
+    def _keep(self, made: _Made, known: dict[str, Any], result: tuple[Tensor, ...]) -> None:
+        """Remembers a version whose outputs are the function's result and whose inputs hang from its arguments."""
+        same = len(made.outputs) == len(result) and all(a is b for a, b in zip(made.outputs, result, strict=True))
+        from torch._dynamo import eval_frame
+
+        if not same or not all(place.startswith("L[") for place in made.inputs):
+            return
+        list_entries = getattr(eval_frame, "_debug_get_cache_entry_list", None)  # torch promises nothing of the kind
+        entries = [] if list_entries is None else list_entries(self._code)
+        holds = next((e.guard_manager.check for e in entries if e.guard_manager.check(known)), None)
+        if holds is not None:
+            inputs = eval(f"lambda L: [{', '.join(made.inputs)}]")  # noqa: S307 - torch's own names of the inputs
+            self._versions.append(_Version(holds, inputs, made.call))
+
+
+@cache
+def _number(value: int) -> Tensor:
+    """The number as what generated code makes of it, which would take longer than a kernel."""
+    return torch.tensor(value)
