@@ -4,7 +4,7 @@
     python benchmarks/step_profile.py MODEL --device cuda    # bfloat16, with and without CUDA graphs; not yet run
 
 For each way of running steps and several tree sizes, medians over many steps on one context. The parts are timed by
-leaving them out: the forward alone, whole steps with and without heads, the drafter alone. Writes
+leaving them out: the forward alone, whole steps with and without the heads that `tune` chose, the drafter alone. Writes
 results/step-profile.json and docs/figures/step-profile.svg (on a GPU, step-profile-cuda).
 """
 
@@ -14,7 +14,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,16 @@ PARTS = ("draft", "forward", "accept and commit", "heads")
 COLORS = {"draft": "#c9a227", "forward": "#2f6f73", "accept and commit": "#8fb8a8", "heads": "#b5543f"}
 
 
-def median_ms(call: Callable[[], object]) -> float:
-    """Median time of a call, after a few that are not counted."""
-    samples = []
+def medians_ms(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Median time of each call, after a few that are not counted; calls take turns, so that a busy moment hits all."""
+    samples: list[list[float]] = [[] for _ in calls]
     for i in range(STEPS):
-        start = time.perf_counter()
-        call()
-        if i >= 10:
-            samples.append(1000 * (time.perf_counter() - start))
-    return statistics.median(samples)
+        for call, mine in zip(calls, samples, strict=True):
+            start = time.perf_counter()
+            call()
+            if i >= 10:
+                mine.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(mine) for mine in samples]
 
 
 def profile(model: Path, mode: Any, device: str) -> dict[str, dict[str, float]]:
@@ -60,7 +62,7 @@ def profile(model: Path, mode: Any, device: str) -> dict[str, dict[str, float]]:
     drafters = read_drafters(document, read_phrasebook(model, backbone.vocab_size)).values()
     drafter = next((d for d in drafters if isinstance(d, DynamicDrafter)), None)
     assert engine.heads is not None
-    count, width = len(engine.heads), max(1, engine.drafter(1).width)
+    count, width = max(1, engine.drafter(1).heads), max(1, engine.drafter(1).width)
     bare = Stepper(backbone, None, 0, None)
     full = Stepper(backbone, PackedHeads(engine.heads, count, engine.vocabulary_U), width, engine.vocabulary_U)
     cache = TreeCache(int(backbone.text_config.num_hidden_layers), 1, CONTEXT + 128)
@@ -79,7 +81,7 @@ def profile(model: Path, mode: Any, device: str) -> dict[str, dict[str, float]]:
         drafting = 0.0
         if drafter is not None and nodes > 1:
             grown = DynamicDrafter(drafter.acceptance, drafter.phrasebook, nodes=nodes, threshold=0.001, width=width)
-            drafting = median_ms(lambda: grown.draft(7, choices, context))  # noqa: B023
+            (drafting,) = medians_ms([lambda: grown.draft(7, choices, context)])  # noqa: B023
         found[str(nodes)] = {
             "draft": round(drafting, 4), "forward": round(forward, 4), "accept and commit": round(settle, 4),
             "heads": round(with_heads - settle, 4),
@@ -104,11 +106,9 @@ def _parts(
         if lengths.device.type == "cuda":
             torch.cuda.synchronize()
 
-    first = median_ms(forward)
-    settle = median_ms(lambda: bare.step(cache, batch, lengths, visible)) - first
-    if batch.nodes == 1:
-        return first, settle, settle
-    return first, settle, median_ms(lambda: full.step(cache, batch, lengths, visible)) - first
+    steppers = [bare] if batch.nodes == 1 else [bare, full]
+    first, *whole = medians_ms([forward, *(partial(s.step, cache, batch, lengths, visible) for s in steppers)])
+    return first, whole[0] - first, whole[-1] - first
 
 
 def draw(modes: dict[str, dict[str, dict[str, float]]], path: Path) -> None:

@@ -147,7 +147,7 @@ class TuneConfig(StepConfig):
     phrasebook: bool = Field(True, description="Also draft what usually follows in the training answers.")
     batch_sizes: list[int] = Field([1], min_length=1, description="Numbers of sequences decoded together to tune for.")
     draft_coverage: float = Field(
-        0.999, gt=0, le=1, description="Heads draft the tokens that make up this share of all answers; 1 drafts any."
+        0.95, gt=0, le=1, description="Heads draft the tokens that make up this share of all answers; 1 drafts any."
     )
     trials: int = Field(5, ge=3, description="Timing passes per tree size; the median counts.")
     finalist_answers: int = Field(48, ge=1, description="Answers that each of the likeliest choices decodes for real.")

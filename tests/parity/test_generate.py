@@ -1,10 +1,12 @@
 """One request, token-exact against transformers' own generate in fp32: trees, ends, limits, stop strings, cache."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 
+from gorgon.core.draft import Draft
 from gorgon.core.sampling import Sampling
 from gorgon.decode.engine import Engine
 from gorgon.decode.request import Request
@@ -31,6 +33,41 @@ def test_every_tree_writes_what_transformers_writes(family, tree):
         accepted += sum(node > 0 for node in generation.step_nodes)
     if tree.paths:
         assert accepted > 4, "the oracle's drafts must be accepted, or this test shows nothing"
+
+
+class Followers:
+    """Expands a tree level by level, each node's children being what has followed its own token: what a head reads that
+    depends on its parent's token, as Markov and Hydra heads do."""
+
+    nodes, heads, width, copies = 24, 0, 0, False
+
+    def __init__(self, text):
+        self.after = {}
+        for token, following in pairwise(text):
+            children = self.after.setdefault(token, [])
+            if following not in children:
+                children.append(following)
+
+    def draft(self, root, choices, context):
+        draft, level = Draft([root]), [0]
+        while level:
+            level = [
+                draft.add(token, parent)
+                for parent in level
+                for token in self.after.get(draft.tokens[parent], [])
+                if draft.nodes < self.nodes
+            ]
+        return draft
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_drafter_may_expand_level_by_level(llama, together):
+    asked = prompts((9, 30, 12))
+    expected = [reference(llama, prompt, 40) for prompt in asked]
+    engine = Engine(llama, None, Followers([token for answer in expected for token in answer]))
+    found = engine.generate(asked, max_new_tokens=40, together=together)
+    assert [g.token_ids for g in found] == expected
+    assert max(max(g.step_tokens) for g in found) > 3, "whole paths are accepted"
 
 
 @every_tree

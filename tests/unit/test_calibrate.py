@@ -8,12 +8,15 @@ import torch
 from gorgon.core.heads import MedusaHeads
 from gorgon.core.phrasebook import Phrasebook
 from gorgon.core.rank_stats import best_tree, count_prefixes, replay
+from gorgon.core.tree import DraftTree
 from gorgon.data.chat import encode_prompt
 from gorgon.data.sample import generate_rows
 from gorgon.decode.calibrate import count_acceptance, record, replay_drafter
+from gorgon.decode.candidates import Candidate
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.dynamic import DynamicDrafter
 from gorgon.decode.engine import PLAIN, Engine
+from gorgon.decode.finalists import Finalist, choose_finalist
 from gorgon.decode.vocabulary import draft_vocabulary
 from gorgon.models.backbone import load_backbone
 
@@ -77,3 +80,17 @@ def test_a_draft_vocabulary_is_the_most_frequent_tokens():
     assert draft_vocabulary(counts, 0.999, 100) == [3, 5, 7]
     assert draft_vocabulary(counts, 1.0, 100) is None
     assert draft_vocabulary(counts, 0.999, 3) is None
+
+
+@pytest.mark.parametrize(
+    ("rates", "chosen", "speedup"),
+    [((100.0, 140.0, 120.0), 1, 1.4), ((100.0, 104.0, 90.0), 0, 1.0), ((100.0, 80.0, 105.1), 2, 1.051)],
+)
+def test_drafting_is_chosen_where_it_is_clearly_faster_than_plain_decoding(rates, chosen, speedup):
+    trees = [DraftTree(), DraftTree.chain(1), DraftTree.chain(2)]
+    finalists = [
+        Finalist(Candidate(StaticDrafter(tree), 1.0, tree.nodes, 1.0), rate)
+        for tree, rate in zip(trees, rates, strict=True)
+    ]
+    best, ratio = choose_finalist(finalists)
+    assert best is finalists[chosen] and ratio == pytest.approx(speedup)

@@ -18,6 +18,8 @@ STATIC, DYNAMIC = 2, 3
 """Candidates of each kind that become finalists; predictions err by a few percent."""
 GROUP = 8
 """Answers that one finalist decodes before the next takes its turn: a slow moment hits all of them alike."""
+WORTH = 1.05
+"""Drafting must be this much faster than plain decoding to be taken; below it a busy machine decides, not they."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,12 @@ def decode_finalists(
         Finalist(candidate, tokens / sum(statistics.median(group) for group in mine))
         for candidate, mine in zip(candidates, seconds, strict=True)
     ]
+
+
+def choose_finalist(finalists: Sequence[Finalist]) -> tuple[Finalist, float]:
+    """The fastest, or plain decoding where drafting is not `WORTH` it; and how many times as fast as plain it was."""
+    plain = next(f for f in finalists if f.candidate.plain)
+    best = max(finalists, key=lambda f: f.tokens_per_s)
+    if best.tokens_per_s < WORTH * plain.tokens_per_s:
+        best = plain
+    return best, best.tokens_per_s / plain.tokens_per_s

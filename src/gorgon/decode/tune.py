@@ -21,7 +21,7 @@ from gorgon.decode.calibrate import count_acceptance, record, write_answers
 from gorgon.decode.candidates import Candidate, Replays, dynamic_candidates, heads_only, static_candidates
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.engine import PLAIN, Engine
-from gorgon.decode.finalists import Finalist, decode_finalists, pick_finalists
+from gorgon.decode.finalists import Finalist, choose_finalist, decode_finalists, pick_finalists
 from gorgon.decode.load import load_engine
 from gorgon.decode.threads import measure_threads, pick_threads, set_threads
 from gorgon.decode.timing import StepCosts, step_times
@@ -158,9 +158,8 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
 
 
 def _entry(batch: int, finalists: Sequence[Finalist], costs: StepCosts) -> dict[str, Any]:
-    """The fastest finalist as an entry of tree.json's `trees`."""
-    best = max(finalists, key=lambda f: f.tokens_per_s)
-    plain = next(f for f in finalists if f.candidate.plain)
+    """The chosen finalist as an entry of tree.json's `trees`."""
+    best, speedup = choose_finalist(finalists)
     return {
         "batch_size": batch,
         **best.candidate.describe(),
@@ -168,7 +167,7 @@ def _entry(batch: int, finalists: Sequence[Finalist], costs: StepCosts) -> dict[
         "mean_nodes": round(best.candidate.mean_nodes, 2),
         "step_ms": round(best.candidate.step_ms, 4),
         "plain_step_ms": round(costs.by_nodes[1], 4),
-        "measured_speedup": round(best.tokens_per_s / plain.tokens_per_s, 4),
+        "measured_speedup": round(speedup, 4),
     }
 
 
