@@ -73,9 +73,9 @@ def run(backbone, drafts, *, heads=0, sampled=False):
     if heads:
         packed = PackedHeads(MedusaHeads(heads, 1, backbone.hidden_size, VOCAB).to(META, torch.bfloat16), heads)
     choices = torch.zeros(len(drafts), 6, dtype=torch.int64, device=META) if sampled else None
+    reads = Stepper(backbone, packed, 3, None)._reads
     with torch.inference_mode(), NoHostValues(), Capturable() as mode:
         hidden = _verify(backbone, cache, batch.flat_4BN, lengths_B, 24)
-        reads = Stepper(backbone, packed, 3, None)._reads
         table = _settle(backbone, cache, batch.flat_4BN, lengths_B, batch.longest, hidden, choices, reads)
     assert batch.longest == 6, "fixed, not the depth of today's drafts"
     assert table.shape == (len(drafts), 3 + 2 * 6 + 2 * heads * 3) and table.dtype == torch.float64
