@@ -19,7 +19,8 @@ STATIC, DYNAMIC = 2, 3
 GROUP = 8
 """Answers that one finalist decodes before the next takes its turn: a slow moment hits all of them alike."""
 WORTH = 1.05
-"""Drafting must be this much faster than plain decoding to be taken; below it a busy machine decides, not they."""
+"""Drafting must be this much faster than plain decoding to be taken: a smaller gain may be the noise of a busy
+machine."""
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,9 @@ class DirectCalls:
                 if place:
                     self._versions.insert(0, self._versions.pop(place))
                 return tuple(version.call(*[_number(v) if type(v) is int else v for v in version.inputs(known)]))
+        made = self._made = list[_Made]()  # anew, for a call that failed may have left something
         result: tuple[Tensor, ...] = self._compiled(*arguments)
-        made, self._made = self._made, []
+        self._made = []
         if len(made) == 1:  # else torch has cut the function in pieces, or has compiled nothing
             self._keep(made[0], known, result)
         return result
@@ -89,9 +90,9 @@ class DirectCalls:
 
     def _keep(self, made: _Made, known: dict[str, Any], result: tuple[Tensor, ...]) -> None:
         """Remembers a version whose outputs are the function's result and whose inputs hang from its arguments."""
-        same = len(made.outputs) == len(result) and all(a is b for a, b in zip(made.outputs, result, strict=True))
         from torch._dynamo import eval_frame
 
+        same = len(made.outputs) == len(result) and all(a is b for a, b in zip(made.outputs, result, strict=True))
         if not same or not all(place.startswith("L[") for place in made.inputs):
             return
         list_entries = getattr(eval_frame, "_debug_get_cache_entry_list", None)  # torch promises nothing of the kind
