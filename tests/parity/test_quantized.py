@@ -19,9 +19,9 @@ from gorgon.decode.load import engine_on, load_engine
 from gorgon.decode.ngrams import NgramIndex
 from gorgon.errors import MissingDependencyError, ModelError
 from gorgon.models.backbone import load_backbone
-from gorgon.models.compiler import has_cpp_compiler
 from gorgon.models.directory import write_model_directory
 from gorgon.models.quantize import quantizer
+from gorgon.models.toolchain import cpp_compiler
 from tests.parity.support import TREES, backbone_of
 
 pytest.importorskip("torchao", reason="the extra 'quantization' is not installed")
@@ -99,7 +99,7 @@ def test_every_layer_is_quantised_and_nothing_else(quantization):
     assert 1e-4 < difference < {"int8": 0.05, "int4": 0.5}[backbone.quantization], "other weights, but close"
 
 
-@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler")
+@pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")
 def test_compiled_steps_write_the_same_tokens():
     """A single layer: each costs the compiler seconds."""
     model = _small("int8")

@@ -8,32 +8,52 @@ import torch
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.engine import Engine
 from gorgon.models import compiler, linear
-from gorgon.models.compiler import has_cpp_compiler
+from gorgon.models.panels import PanelLinear
+from gorgon.models.toolchain import cpp_compiler
 from tests.parity.support import TREES, VOCAB, backbone_of, oracle_engine, prompts, reference
 
+NEEDS_COMPILER = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")
 
-@pytest.mark.parametrize("layout", ["as stored", "transposed", "packed"])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+
+def without_compiler(monkeypatch):
+    monkeypatch.setattr(linear, "panels_work", lambda: False)
+    monkeypatch.setattr(linear, "cpp_compiler", lambda: None)
+
+
+@pytest.mark.parametrize("layout", ["as stored", "transposed", "packed", pytest.param("panels", marks=NEEDS_COMPILER)])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "llama, tied, one group"])
 def test_weight_layouts_change_no_token(family, layout, monkeypatch):
-    monkeypatch.setattr(linear, "_fastest_layout", lambda layers: layout)
+    if layout != "panels":
+        without_compiler(monkeypatch)
+        monkeypatch.setattr(linear, "_fastest_layout", lambda layers: layout)
     backbone, asked = backbone_of(family, own=True), prompts()
-    ids = torch.tensor([asked[3]])
+    ids, embedding = torch.tensor([asked[3]]), backbone.model.get_input_embeddings().weight
     before = backbone.model(ids).logits
     expected = reference(backbone, asked[2], 30)
     chosen = linear.lay_out_linear_weights(backbone.model)
     assert set(chosen.values()) == {layout} and backbone.vocab_size == VOCAB
+    assert backbone.model.get_input_embeddings().weight is embedding and embedding.is_contiguous()
     torch.testing.assert_close(backbone.model(ids).logits, before)
     for name in ("plain", "bushy"):
         engine = oracle_engine(backbone, TREES[name], [asked[2]], 30)
         assert engine.answer(asked[2], max_new_tokens=30).token_ids == expected
 
 
-def test_the_layout_is_chosen_by_measurement():
+def test_the_layout_is_chosen_by_measurement_where_there_is_no_compiler(monkeypatch):
+    without_compiler(monkeypatch)
     backbone = backbone_of("llama", own=True)
     chosen = linear.lay_out_linear_weights(backbone.model)
     assert set(chosen) == {"32x32", "16x32", "48x32", "32x48", "61x32"}
     packed = sum(isinstance(m, linear.PackedLinear) for m in backbone.model.modules())
     assert (packed > 0) == ("packed" in chosen.values())
+
+
+@NEEDS_COMPILER
+def test_all_weights_lie_in_panels_where_there_is_a_compiler():
+    backbone = backbone_of("llama", own=True)
+    linear.lay_out_linear_weights(backbone.model)
+    kinds = [type(m) for m in backbone.model.modules() if isinstance(m, torch.nn.Linear | PanelLinear)]
+    assert kinds == [PanelLinear] * 22
 
 
 def test_recorded_steps_write_the_same_tokens():
@@ -45,7 +65,7 @@ def test_recorded_steps_write_the_same_tokens():
         assert [a.token_ids for a in found] == [reference(backbone, p, 30) for p in asked]
 
 
-@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler")
+@NEEDS_COMPILER
 def test_compiled_steps_write_the_same_tokens():
     """One tree and one batch size: each shape that is special to the compiler costs seconds."""
     backbone, asked = backbone_of("llama, one layer", own=True), prompts((9, 30))
@@ -53,24 +73,6 @@ def test_compiled_steps_write_the_same_tokens():
     engine = oracle_engine(backbone, TREES["chain"], asked, 30)
     found = engine.generate(asked, max_new_tokens=30, together=1)
     assert [a.token_ids for a in found] == [reference(backbone, p, 30) for p in asked]
-
-
-@pytest.mark.parametrize(("seconds", "expected"), [(1.0, "packed"), (9.0, "transposed")])
-@pytest.mark.parametrize("family", ["llama", "llama, tied, one group"])
-def test_one_layout_is_taken_for_all_that_is_compiled(family, seconds, expected, monkeypatch):
-    times = {"as stored": 0.1, "transposed": 2.0, "packed": seconds}
-    monkeypatch.setattr(linear, "_time_layouts", lambda layers: times)
-    backbone = backbone_of(family, own=True)
-    ids, embedding = torch.tensor([prompts()[3]]), backbone.model.get_input_embeddings().weight
-    before = backbone.model(ids).logits
-    assert linear.lay_out_for_compiler(backbone.model) == expected
-    layers = [m for m in backbone.model.modules() if isinstance(m, torch.nn.Linear)]
-    assert len(layers) == 22
-    for layer in layers:
-        assert layer.weight.is_contiguous() == (expected == "packed")
-        assert layer.weight.t().is_contiguous() == (expected == "transposed")
-    assert backbone.model.get_input_embeddings().weight is embedding and embedding.is_contiguous()
-    torch.testing.assert_close(backbone.model(ids).logits, before)
 
 
 def test_nothing_is_compiled_again_for_other_sizes(monkeypatch):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from gorgon.models.compiler import has_cpp_compiler
 from gorgon.models.direct import DirectCalls
+from gorgon.models.toolchain import cpp_compiler
 
-pytestmark = pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")
 OPTIONS = {"cpp_wrapper": True}
 
 

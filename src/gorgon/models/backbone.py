@@ -22,7 +22,7 @@ from gorgon.models.cache import TreeCache
 from gorgon.models.compiler import StepFunction, pick_mode, step_function
 from gorgon.models.families import attention_of, refuse_mismatch, refuse_other_results, refuse_unsupported
 from gorgon.models.graphs import CudaRecorder, Graphs
-from gorgon.models.linear import lay_out_for_compiler, lay_out_linear_weights
+from gorgon.models.linear import lay_out_linear_weights
 from gorgon.models.masks import additive, prompt_visibility, tree_visibility
 from gorgon.models.quantize import quantizer
 
@@ -98,7 +98,6 @@ class Backbone:
     steps: StepMode = "eager"
     quantization: Quantization = "none"
     graphs: Graphs | None = None
-    _packed: bool = True
     _functions: dict[StepFunction, StepFunction] = field(default_factory=dict)
 
     @property
@@ -226,15 +225,12 @@ class Backbone:
         """
         self.steps, self._functions = pick_mode(mode, self.parameters, self.device), {}
         self.graphs = Graphs(CudaRecorder(self.device)) if self.steps == "captured" else None
-        if self.steps == "compiled":
-            self._packed = lay_out_for_compiler(self.model) == "packed"
-        else:
-            lay_out_linear_weights(self.model)
+        lay_out_linear_weights(self.model)
 
     def step_function(self, function: StepFunction) -> StepFunction:
         """A function of a step on this backbone as `run_steps` has it run; made once, so that engines share it."""
         if function not in self._functions:
-            self._functions[function] = step_function(function, self, self.steps, packed=self._packed)
+            self._functions[function] = step_function(function, self, self.steps)
         return self._functions[function]
 
     @torch.inference_mode()

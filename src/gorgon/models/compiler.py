@@ -7,11 +7,8 @@ step (docs/engine.md). `torch.compile` removes both; its code generator needs a 
 from __future__ import annotations
 
 import re
-import shutil
-import sysconfig
 import types
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +16,12 @@ import torch
 from gorgon.config import StepMode
 from gorgon.errors import MissingDependencyError
 from gorgon.models.direct import DirectCalls
+from gorgon.models.panels import doors
+from gorgon.models.toolchain import cpp_compiler
 
 StepFunction = Callable[..., Any]
 LARGEST_COMPILED = 300_000_000
-"""Parameters up to which 'auto' compiles: compiled functions keep packed copies of the weights, and of a larger model's
-step the products are nearly all (docs/engine.md)."""
+"""Parameters up to which 'auto' compiles: of a larger model's step the products are nearly all (docs/engine.md)."""
 RECOMPILES = 64
 """Shapes that are special to the compiler (one sequence or several, one node or several) times drafters that differ in
 what they read from the heads; torch's own limit of 8 would silently fall back to uncompiled steps."""
@@ -31,16 +29,6 @@ what they read from the heads; torch's own limit of 8 would silently fall back t
 
 SERIAL_ELEMENTS = 8192
 """Elements per thread below which a fused loop runs on one thread: waking another takes longer."""
-
-
-def has_cpp_compiler() -> bool:
-    """Whether torch's CPU code generator finds a C++ compiler and Python's headers."""
-    from torch._inductor import config
-
-    configured = config.cpp.cxx
-    names = [configured] if isinstance(configured, str) else [n for n in configured if n]
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return headers.is_file() and any(shutil.which(name) for name in (*names, "g++", "clang++"))
 
 
 def pick_mode(mode: StepMode, parameters: int, device: torch.device) -> StepMode:
@@ -52,8 +40,8 @@ def pick_mode(mode: StepMode, parameters: int, device: torch.device) -> StepMode
     if mode == "auto":
         if device.type != "cpu":
             return "eager"
-        return "compiled" if has_cpp_compiler() and parameters <= LARGEST_COMPILED else "recorded"
-    if mode == "compiled" and not has_cpp_compiler():
+        return "compiled" if cpp_compiler() is not None and parameters <= LARGEST_COMPILED else "recorded"
+    if mode == "compiled" and cpp_compiler() is None:
         raise MissingDependencyError(
             "compiled steps need a C++ compiler and Python's headers", field="steps", value=mode,
             allowed="auto, eager, recorded", hint="install g++ and python3-dev, or use 'recorded'",
@@ -65,14 +53,13 @@ def pick_mode(mode: StepMode, parameters: int, device: torch.device) -> StepMode
     return mode
 
 
-def step_function(function: StepFunction, backbone: Any, mode: StepMode, *, packed: bool = True) -> StepFunction:
+def step_function(function: StepFunction, backbone: Any, mode: StepMode) -> StepFunction:
     """The function on that backbone, run in that mode; sizes of batch, tree and context may change from call to call.
 
     In 'captured' mode it is the function itself: whole steps are captured where they are made (`decode.step`).
     Args:
         function: of the backbone, then of tensors, numbers and tuples of tensors, so that few conditions guard a call;
             returns a tuple of tensors.
-        packed: whether oneDNN packs the weights of 'compiled' functions; if not, MKL takes them as they lie.
     Raises (when called): MissingDependencyError when the C++ compiler cannot build what torch generates.
     """
 
@@ -92,17 +79,16 @@ def step_function(function: StepFunction, backbone: Any, mode: StepMode, *, pack
             own, backend="eager", dynamic=True, options={"guard_filter_fn": _about_the_arguments}
         )
         return recorded
-    # Freezing makes the weights constants, so that the compiler joins projections of the same input, and oneDNN packs
-    # them for products of few rows. It keeps copies: see `LARGEST_COMPILED`. The settings are global because the tracer
-    # reads them before an option of `torch.compile` takes effect.
+    # Freezing makes the weights constants. The settings are global because the tracer reads them before an option of
+    # `torch.compile` takes effect.
     from torch._inductor import config as inductor
 
     inductor.freezing = True
-    inductor.cpp.enable_concat_linear = True
     options: dict[str, Any] = {
         "cpp_wrapper": True,  # the kernels are called from C++: Python would take a fifth of a small model's step
         "cpp.min_chunk_size": SERIAL_ELEMENTS,
-        "cpp.weight_prepack": packed,
+        "cpp.weight_prepack": False,  # weights lie as `models.linear` found to be fastest
+        "aot_inductor.custom_ops_to_c_shims": doors(),
     }
     compiled = DirectCalls(own, options, _about_the_arguments)
 

@@ -1,15 +1,15 @@
 """Linear layers laid out for a few rows at a time, on the CPU: the layout that this machine multiplies fastest.
 
 A decoding step multiplies 1 to 32 rows by every weight. BLAS kernels for such skinny products are far from the
-memory's bandwidth in the usual [out, in] layout. Which other layout helps depends on the processor: an Intel core runs
-MKL well on a transposed weight, an AMD core wants oneDNN's blocked weight (docs/lab-notes.md, "Weight layout"). So the
-layouts are timed when an engine is loaded. Values stay the same; only sums may round differently.
+memory's bandwidth in the usual [out, in] layout. Panels and our own kernel come near it where there is a C++ compiler;
+which other layout helps depends on the processor: an Intel core runs MKL well on a transposed weight, an AMD core wants
+oneDNN's blocked weight (docs/lab-notes.md, "Weight layout" and "Panels"). So the layouts are timed when an engine is
+loaded. Values stay the same; only sums may round differently.
 Shapes: R rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-Layout = Literal["as stored", "transposed", "packed"]
+from gorgon.models.panels import PanelLinear, panels_work
+from gorgon.models.toolchain import cpp_compiler
+
+Layout = Literal["as stored", "transposed", "packed", "panels"]
 ROWS = (1, 8, 16)
 """Rows that are timed: plain decoding, a small tree, a larger one."""
 TRIALS = 9
@@ -41,8 +44,17 @@ class PackedLinear(nn.Module):
         return result
 
 
+MODULES: dict[Layout, type[PackedLinear] | type[PanelLinear]] = {"packed": PackedLinear, "panels": PanelLinear}
+"""What a layer is replaced with, where the layout is not one of the weight alone."""
+
+
 def packing_works() -> bool:
-    """Whether this build of torch has oneDNN's packed products (PyPI's x86 builds do)."""
+    """Whether this build of torch has oneDNN's packed products (PyPI's x86 builds do), and steps are not compiled.
+
+    What oneDNN has packed is closed to torch's compiler. Where steps can be compiled, panels can be built.
+    """
+    if cpp_compiler() is not None:
+        return False
     return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
@@ -53,33 +65,14 @@ def lay_out_linear_weights(model: nn.Module) -> dict[str, Layout]:
     """
     chosen: dict[str, Layout] = {}
     for (outputs, inputs), places in _by_shape(model).items():
-        layout = _fastest_layout([layer for _, _, layer in places])
+        layout = "panels" if panels_work() else _fastest_layout([layer for _, _, layer in places])
         chosen[f"{outputs}x{inputs}"] = layout
         for parent, name, layer in places:
-            if layout == "packed":
-                setattr(parent, name, PackedLinear(layer))
+            if layout in MODULES:
+                setattr(parent, name, MODULES[layout](layer))
             elif layout == "transposed":
                 _transpose(layer)
     return chosen
-
-
-def lay_out_for_compiler(model: nn.Module) -> Layout:
-    """One layout for all float32 CPU linear layers, the faster one in sum; 'packed' is left for the compiler to do.
-
-    A compiled step packs either all weights or none. Invariant: the products stay the same up to rounding.
-    """
-    spent: dict[Layout, float] = {"packed": 0.0, "transposed": 0.0}
-    shapes = _by_shape(model)
-    for places in shapes.values():
-        times = _time_layouts([layer for _, _, layer in places])
-        for layout in spent:
-            spent[layout] += times.get(layout, math.inf) * len(places)
-    if not shapes or spent["packed"] <= spent["transposed"]:
-        return "packed"
-    for places in shapes.values():
-        for _, _, layer in places:
-            _transpose(layer)
-    return "transposed"
 
 
 def _by_shape(model: nn.Module) -> dict[tuple[int, int], list[tuple[nn.Module, str, nn.Linear]]]:

@@ -22,7 +22,6 @@ from gorgon.decode.engine import PLAIN, Engine
 from gorgon.decode.load import load_engine
 from gorgon.errors import GorgonError, ModelError
 from gorgon.models.backbone import load_backbone
-from gorgon.models.linear import lay_out_linear_weights
 from gorgon.progress import say
 from gorgon.serve.app import make_app, model_name
 from gorgon.serve.gate import log, start_log
@@ -55,7 +54,6 @@ def load(config: ServeConfig) -> Engine:
             )  # fmt: skip
         return load_engine(config.model, dtype=config.dtype, quantization=config.quantization, steps=config.steps)
     backbone = load_backbone(config.model, dtype=config.dtype, quantization=config.quantization)
-    lay_out_linear_weights(backbone.model)
     backbone.run_steps(config.steps)
     return Engine(
         backbone, None, StaticDrafter(DraftTree.of([], ngram=NGRAM_LENGTH)) if config.drafts == "ngram" else PLAIN

@@ -1,0 +1,219 @@
+// Products of a few rows with a large weight, as fast as the weight can be read.
+//
+// BLAS is made for large products: from two rows on, a product of a draft tree's rows takes far longer than reading the
+// weight does. Here the weight lies in panels of WIDTH outputs, [inputs][WIDTH], so that it is read once, in order, while
+// up to ROWS rows are multiplied from registers. More rows go over chunks of a panel that stay in the first-level cache.
+// The panels are those of the usual inner kernel of a matrix product (Goto and van de Geijn, 2008, section 5).
+//
+// Invariant: every output is one sum over the inputs in their order, whatever number of rows there are. So the product of
+// a row is the same, to the last bit, in a step that verifies a draft tree as in a plain one.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+namespace {
+
+using torch::stable::Tensor;
+
+// Lanes of a vector register, registers of a panel's width, and rows whose sums fit into the registers that are left.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 2, ROWS = 14;
+#elif defined(__AVX__)
+constexpr int LANES = 8, REGISTERS = 2, ROWS = 6;
+#else
+constexpr int LANES = 4, REGISTERS = 4, ROWS = 6;
+#endif
+constexpr int WIDTH = LANES * REGISTERS;
+// Inputs of a chunk: 32 KB of a panel at most, which the first-level cache holds beside the rows' own.
+constexpr int64_t CHUNK = 256;
+// Rows that go over a panel before the next one is read: they must stay in the second-level cache.
+constexpr int64_t BLOCK = 64;
+// How far ahead the only pass over a weight asks for it: memory takes some 100 ns to answer.
+constexpr int64_t AHEAD = 8192;
+constexpr int LINE = 64;
+constexpr int64_t MOST_DIMS = 8;
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(alignof(float))));
+
+struct Product {
+  const float* x;       // [rows, inputs]
+  const float* panels;  // [ceil(outputs / WIDTH), inputs, WIDTH]
+  const float* bias;    // [outputs] or null
+  float* y;             // [rows, outputs]
+  int64_t rows, inputs, outputs;
+};
+
+// What the sums of one panel begin with: the outputs' biases, or what an earlier chunk has left in y.
+struct Start {
+  Vector bias[REGISTERS];
+  bool from_y;
+};
+
+// The memory that the next chunk is in, and how much of it each input asks for.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+
+// Adds the products of `inputs` inputs to the sums of R rows with one panel.
+template <int R, int LINES>
+inline __attribute__((always_inline)) void accumulate(
+    const float* __restrict x, int64_t x_stride, const float* __restrict panel, float* __restrict y, int64_t y_stride,
+    int64_t inputs, const Start& start, Ahead ahead) {
+  Vector sums[R][REGISTERS];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < REGISTERS; ++v)
+      sums[r][v] = start.from_y ? *reinterpret_cast<const Vector*>(y + r * y_stride + v * LANES) : start.bias[v];
+  for (int64_t k = 0; k < inputs; ++k) {
+    Vector weight[REGISTERS];
+    for (int v = 0; v < REGISTERS; ++v) weight[v] = *reinterpret_cast<const Vector*>(panel + k * WIDTH + v * LANES);
+    for (int line = 0; line < LINES; ++line) __builtin_prefetch(ahead.at + k * ahead.step + line * LINE, 0, 2);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < REGISTERS; ++v) sums[r][v] += x[r * x_stride + k] * weight[v];
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < REGISTERS; ++v) *reinterpret_cast<Vector*>(y + r * y_stride + v * LANES) = sums[r][v];
+}
+
+// The same for a number of rows that is known only now.
+template <int LINES, int R = ROWS>
+inline void accumulate_rows(
+    int64_t rows, const float* x, int64_t x_stride, const float* panel, float* y, int64_t y_stride, int64_t inputs,
+    const Start& start, Ahead ahead) {
+  if (rows == R)
+    accumulate<R, LINES>(x, x_stride, panel, y, y_stride, inputs, start, ahead);
+  else if constexpr (R > 1)
+    accumulate_rows<LINES, R - 1>(rows, x, x_stride, panel, y, y_stride, inputs, start, ahead);
+}
+
+// One panel times the rows from `first` to `last`; y has room for WIDTH outputs of each row.
+void multiply(const Product& p, int64_t panel, int64_t first, int64_t last, float* y, int64_t y_stride) {
+  constexpr int64_t BYTES = WIDTH * sizeof(float);  // of a panel's weights for one input
+  Start start{};
+  if (p.bias) std::memcpy(start.bias, p.bias + panel * WIDTH, std::min(BYTES, (p.outputs - panel * WIDTH) * 4));
+  const float* const weight = p.panels + panel * p.inputs * WIDTH;
+  const int64_t passes = (last - first + ROWS - 1) / ROWS;
+  if (passes == 1) {
+    const Ahead ahead{reinterpret_cast<const char*>(weight) + AHEAD, BYTES};
+    accumulate_rows<BYTES / LINE>(
+        last - first, p.x + first * p.inputs, p.inputs, weight, y, y_stride, p.inputs, start, ahead);
+    return;
+  }
+  const int64_t height = (last - first + passes - 1) / passes;
+  for (int64_t from = 0; from < p.inputs; from += CHUNK) {
+    const int64_t inputs = std::min(CHUNK, p.inputs - from);
+    Ahead ahead{reinterpret_cast<const char*>(weight + (from + inputs) * WIDTH), BYTES / passes};
+    for (int64_t row = first; row < last; row += height) {
+      accumulate_rows<1>(
+          std::min(height, last - row), p.x + row * p.inputs + from, p.inputs, weight + from * WIDTH,
+          y + (row - first) * y_stride, y_stride, inputs, start, ahead);
+      ahead.at += inputs * ahead.step;
+    }
+    start.from_y = true;
+  }
+}
+
+// The panels from `begin` to `end`, which are one thread's.
+void multiply_panels(const Product& p, int64_t begin, int64_t end) {
+  float edge[BLOCK * WIDTH];  // of a last panel that is wider than what is left of the outputs
+  for (int64_t first = 0; first < p.rows; first += BLOCK) {
+    const int64_t last = std::min(first + BLOCK, p.rows);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      float* const y = p.y + first * p.outputs + panel * WIDTH;
+      const int64_t left = p.outputs - panel * WIDTH;
+      if (left >= WIDTH) {
+        multiply(p, panel, first, last, y, p.outputs);
+        continue;
+      }
+      multiply(p, panel, first, last, edge, WIDTH);
+      for (int64_t row = 0; row < last - first; ++row)
+        std::memcpy(y + row * p.outputs, edge + row * WIDTH, sizeof(float) * left);
+    }
+  }
+}
+
+bool is_plain(const Tensor& tensor) {
+  return tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == torch::headeronly::ScalarType::Float;
+}
+
+float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+// [outputs, inputs] to [ceil(outputs / WIDTH), inputs, WIDTH], filled up with zeros.
+Tensor pack_panels(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 2 && is_plain(weight), "weight: a contiguous float32 matrix on the CPU");
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), count = (outputs + WIDTH - 1) / WIDTH;
+  Tensor panels = torch::stable::new_empty(weight, {count, inputs, WIDTH});
+  const float* const from = data_of(weight);
+  float* const to = data_of(panels);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel)
+      for (int64_t k = 0; k < inputs; ++k)
+        for (int64_t lane = 0; lane < WIDTH; ++lane) {
+          const int64_t output = panel * WIDTH + lane;
+          to[(panel * inputs + k) * WIDTH + lane] = output < outputs ? from[output * inputs + k] : 0.0f;
+        }
+  });
+  return panels;
+}
+
+// [..., inputs] to [..., outputs].
+Tensor panel_linear(const Tensor& given, const Tensor& panels, const std::optional<Tensor>& bias, int64_t outputs) {
+  const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
+  STD_TORCH_CHECK(panels.dim() == 3 && panels.size(2) == WIDTH && is_plain(panels), "panels: as pack_panels makes them");
+  STD_TORCH_CHECK(panels.size(0) == (outputs + WIDTH - 1) / WIDTH, "outputs: as many as the packed weight has");
+  const int64_t inputs = panels.size(1), last = x.dim() - 1;
+  STD_TORCH_CHECK(last >= 0 && x.size(last) == inputs && is_plain(x), "x: float32, as many inputs as the weight has");
+  STD_TORCH_CHECK(!bias || (bias->numel() == outputs && is_plain(*bias)), "bias: float32, one for each output");
+  int64_t sizes[MOST_DIMS], strides[MOST_DIMS], stride = 1;
+  STD_TORCH_CHECK(last < MOST_DIMS, "x: too many dimensions");
+  for (int64_t d = last; d >= 0; --d) {
+    sizes[d] = d == last ? outputs : x.size(d);
+    strides[d] = stride;
+    stride *= sizes[d];
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      last + 1, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
+  const Tensor y(handle);
+  const Product product{
+      data_of(x), data_of(panels), bias ? data_of(*bias) : nullptr, data_of(y), x.numel() / inputs, inputs, outputs};
+  torch::stable::parallel_for(
+      0, panels.size(0), 1, [&](int64_t begin, int64_t end) { multiply_panels(product, begin, end); });
+  return y;
+}
+
+// A tensor that belongs to the caller.
+Tensor borrowed(AtenTensorHandle handle) {
+  AtenTensorHandle own;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &own));
+  return Tensor(own);
+}
+
+}  // namespace
+
+// The door for code that torch generates: without looking the operation up by its name at every call.
+extern "C" AOTITorchError aoti_torch_cpu_panel_linear(
+    AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle* bias, int64_t outputs, AtenTensorHandle* result) {
+  try {
+    const std::optional<Tensor> added = bias ? std::optional(borrowed(*bias)) : std::nullopt;
+    const Tensor y = panel_linear(borrowed(x), borrowed(panels), added, outputs);
+    return aoti_torch_new_tensor_handle(y.get(), result);
+  } catch (const std::exception&) {
+    return AOTI_TORCH_FAILURE;
+  }
+}
+
+STABLE_TORCH_LIBRARY(gorgon, library) {
+  library.def("pack_panels(Tensor weight) -> Tensor");
+  library.def("panel_linear(Tensor x, Tensor panels, Tensor? bias, int outputs) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gorgon, CPU, library) {
+  library.impl("pack_panels", TORCH_BOX(&pack_panels));
+  library.impl("panel_linear", TORCH_BOX(&panel_linear));
+}
