@@ -16,7 +16,7 @@ import torch
 from gorgon.config import StepMode
 from gorgon.errors import MissingDependencyError
 from gorgon.models.direct import DirectCalls
-from gorgon.models.panels import doors
+from gorgon.models.panels import DOORS
 from gorgon.models.toolchain import cpp_compiler
 
 StepFunction = Callable[..., Any]
@@ -79,16 +79,11 @@ def step_function(function: StepFunction, backbone: Any, mode: StepMode) -> Step
             own, backend="eager", dynamic=True, options={"guard_filter_fn": _about_the_arguments}
         )
         return recorded
-    # Freezing makes the weights constants. The settings are global because the tracer reads them before an option of
-    # `torch.compile` takes effect.
-    from torch._inductor import config as inductor
-
-    inductor.freezing = True
     options: dict[str, Any] = {
         "cpp_wrapper": True,  # the kernels are called from C++: Python would take a fifth of a small model's step
         "cpp.min_chunk_size": SERIAL_ELEMENTS,
         "cpp.weight_prepack": False,  # weights lie as `models.linear` found to be fastest
-        "aot_inductor.custom_ops_to_c_shims": doors(),
+        "aot_inductor.custom_ops_to_c_shims": DOORS,
     }
     compiled = DirectCalls(own, options, _about_the_arguments)
 

@@ -3,7 +3,8 @@
 `torch.compile` checks its conditions, enters and leaves its contexts and unpacks the arguments in Python, 0.15 ms of a
 small model's step: little in a loop of its own, but a step's weights push all of it out of the processor's caches
 (docs/lab-notes.md, "What torch does around a call"). Here torch compiles and says under which conditions the code
-holds; its own check of them stays, and the rest is one list of arguments.
+holds; its own check of them stays, and the rest is one list of arguments. What does not hang from the arguments is
+taken to stay the same: the function is one of a frozen model.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class DirectCalls:
             if version.holds(known):
                 if place:
                     self._versions.insert(0, self._versions.pop(place))
-                return tuple(version.call(*[_number(v) if type(v) is int else v for v in version.inputs(known)]))
+                return tuple(version.call(*version.inputs(known)))
         made = self._made = list[_Made]()  # anew, for a call that failed may have left something
         result: tuple[Tensor, ...] = self._compiled(*arguments)
         self._made = []
@@ -99,8 +100,21 @@ class DirectCalls:
         entries = [] if list_entries is None else list_entries(self._code)
         holds = next((e.guard_manager.check for e in entries if e.guard_manager.check(known)), None)
         if holds is not None:
-            inputs = eval(f"lambda L: [{', '.join(made.inputs)}]")  # noqa: S307 - torch's own names of the inputs
-            self._versions.append(_Version(holds, inputs, made.call))
+            self._versions.append(_Version(holds, _inputs_of(made.inputs, known), made.call))
+
+
+def _inputs_of(places: Sequence[str], known: dict[str, Any]) -> Callable[[dict[str, Any]], list[Any]]:
+    """Lists the inputs at those places: what hangs from `arguments` anew at every call, the others as they are now."""
+    own = [f"numbered({place})" if place.startswith("L['arguments']") else f"constants[{i}]"
+           for i, place in enumerate(places)]  # fmt: skip
+    constants = [None if place.startswith("L['arguments']") else _numbered(eval(place, {"L": known}))  # noqa: S307
+                 for place in places]  # fmt: skip
+    names = {"constants": constants, "numbered": _numbered}
+    return cast(Callable[[dict[str, Any]], list[Any]], eval(f"lambda L: [{', '.join(own)}]", names))  # noqa: S307
+
+
+def _numbered(value: Any) -> Any:
+    return _number(value) if type(value) is int else value
 
 
 @cache

@@ -74,6 +74,14 @@ def _without_values(x: Tensor, _panels: Tensor, _bias: Tensor | None, outputs: i
     return x.new_empty(*x.shape[:-1], outputs)
 
 
-def doors() -> dict[Any, list[str]]:
-    """For inductor's option `aot_inductor.custom_ops_to_c_shims`."""
-    return {torch.ops.gorgon.panel_linear.default: [DOOR]} if panels_work() else {}
+class Doors(dict[Any, list[str]]):
+    """For inductor's option `aot_inductor.custom_ops_to_c_shims`: by operation, how generated code calls it.
+
+    Keyed by name, because torch keeps what it compiled under a key that it cannot make of an operation.
+    """
+
+    def __contains__(self, operation: object) -> bool:
+        return super().__contains__(str(operation))
+
+
+DOORS = Doors({"gorgon.panel_linear.default": [DOOR]})
