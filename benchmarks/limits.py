@@ -12,6 +12,7 @@ depends on the draft vocabulary that `tune` chooses. docs/peers.md says what the
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import itertools
 import json
@@ -47,6 +48,8 @@ SECONDS, LEAST, MOST = 2.0, 5, 200
 """A point is timed for this long, but for at least and at most so many steps."""
 STREAM_BYTES = 1 << 30
 """What is read to measure the memory itself: far more than any cache holds."""
+ANSWER, TRIALS = 24, 5
+"""Tokens of an answer, and how often each decoder writes it, when plain decoding is set beside `generate`."""
 SIZES: dict[str, dict[str, Any]] = {
     "4M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
            "num_key_value_heads": 4, "vocab_size": 2048},
@@ -70,6 +73,9 @@ class _Tokenizer:
     """A backbone needs one; no text is made here."""
 
     eos_token_id = 1
+
+    def decode(self, ids: list[int], **_: bool) -> str:
+        return " ".join(map(str, ids))
 
 
 def random_backbone(size: str, device: torch.device = CPU) -> Backbone:
@@ -170,6 +176,34 @@ def step_times(backbone: Backbone, seconds: float) -> dict[str, dict[str, float]
     return {str(nodes): summary_ms(taken) for nodes, taken in samples.items()}
 
 
+def beside_generate(backbone: Backbone, as_loaded: Any) -> dict[str, Any]:
+    """Plain decoding against `transformers.generate` on the weights as loaded: ms per token, and if tokens agree."""
+    prompt = [i % backbone.vocab_size for i in range(2, CONTEXT // 2)]
+    ids_1T, engine = torch.tensor([prompt], device=backbone.device), Engine(backbone, None, PLAIN)
+
+    def generate() -> list[int]:
+        written_1T = as_loaded.generate(
+            ids_1T, attention_mask=torch.ones_like(ids_1T), do_sample=False, max_new_tokens=ANSWER, pad_token_id=0
+        )
+        found: list[int] = written_1T[0, len(prompt) :].tolist()
+        return found
+
+    decoders = {"generate": generate, "engine": lambda: engine.answer(prompt, max_new_tokens=ANSWER).token_ids}
+    written = {name: decode() for name, decode in decoders.items()}
+    taken: dict[str, list[float]] = {name: [] for name in decoders}
+    for _ in range(TRIALS):
+        for name, decode in decoders.items():
+            start = time.perf_counter()
+            decode()
+            taken[name].append(1000 * (time.perf_counter() - start) / len(written[name]))
+    ratios = sorted(a / b for a, b in zip(taken["generate"], taken["engine"], strict=True))
+    return {
+        "ms_per_token": {name: round(statistics.median(times), 3) for name, times in taken.items()},
+        "speedup": [round(ratio, 3) for ratio in (statistics.median(ratios), ratios[0], ratios[-1])],
+        "equal": written["generate"] == written["engine"],
+    }
+
+
 @torch.inference_mode()
 def bandwidth(size_bytes: int, device: torch.device = CPU, seconds: float = 1.0) -> float:
     """Bytes per second of reading a buffer of this size over and over: the faster of a sum and a matrix-vector product.
@@ -206,7 +240,7 @@ def costs(backbone: Backbone) -> dict[str, int]:
 
 def measure(size: str, rate: float, memory: float, seconds: float, device: torch.device) -> dict[str, Any]:
     backbone = random_backbone(size, device)
-    parameters, cost = backbone.parameters, costs(backbone)
+    parameters, cost, as_loaded = backbone.parameters, costs(backbone), copy.deepcopy(backbone.model)
     total = cost["weight_bytes"] + cost["cache_bytes"]
     reached = max(memory, bandwidth(min(total, STREAM_BYTES), device))
     steps: dict[str, Any] = {}
@@ -215,9 +249,11 @@ def measure(size: str, rate: float, memory: float, seconds: float, device: torch
         steps[path] = step_times(backbone, seconds) | ({"run": backbone.steps} if device.type == "cuda" else {})
         curve = ", ".join(f"{n}: {steps[path][str(n)]['median']:.2f}" for n in NODES)
         say(f"{size} {path}: {curve} ms")
+    plain = beside_generate(backbone, as_loaded)
+    say(f"{size} plain decoding beside generate: {plain}")
     floor = {str(n): round(1000 * max(total / reached, n * cost["flops_per_node"] / rate), 4) for n in NODES}
     return {"parameters": parameters, "shape": SIZES[size], **cost, "bandwidth_gb_s": round(reached / 1e9, 2),
-            "floor_ms": floor, "step_ms": steps}  # fmt: skip
+            "floor_ms": floor, "step_ms": steps, "plain": plain}  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
