@@ -170,6 +170,7 @@ def test_the_log_has_a_line_per_request_with_its_id_and_what_went_wrong(engine, 
         with send(served.port, {**late, "max_tokens": 300}) as connection:
             connection.recv(10)
         wait_for(lambda: len([line for line in log() if line["message"] == "request"]) == 4, 10)
+        wait_for(lambda: served.scheduler.active == 0)  # the last one's slot is free
         monkeypatch.setattr(Slots, "step", lambda _: 1 // 0)
         assert post(served, CHAT, ask(), {"x-request-id": "mine-5"})[0] == 500
         get(served, "/ping")

@@ -56,6 +56,14 @@ def test_all_weights_lie_in_panels_where_there_is_a_compiler():
     assert kinds == [PanelLinear] * 22
 
 
+@pytest.mark.parametrize("mode", ["eager", "recorded"])
+def test_the_number_of_parameters_is_that_of_the_model_as_loaded(mode):
+    backbone = backbone_of("llama", own=True)
+    loaded = sum(p.numel() for p in backbone.model.parameters())
+    backbone.run_steps(mode)
+    assert backbone.parameters == loaded
+
+
 def test_recorded_steps_write_the_same_tokens():
     backbone, asked = backbone_of("gemma2, one layer", own=True), prompts((9, 30))
     backbone.run_steps("recorded")

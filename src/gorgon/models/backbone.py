@@ -140,9 +140,9 @@ class Backbone:
             configured = self.tokenizer.eos_token_id
         return frozenset([configured] if isinstance(configured, int) else configured)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
-        """Number of parameters."""
+        """Number of parameters as loaded: weights that are laid out otherwise are no parameters to torch any more."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property

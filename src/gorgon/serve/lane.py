@@ -70,11 +70,6 @@ class Lane:
             self._report(running, sent)
         return sent
 
-    @property
-    def request_ids(self) -> list[str]:
-        """The HTTP requests whose jobs have a slot, for the log."""
-        return sorted({seat.job.request_id for seat in self._seats.values()})
-
     def _clear(self, sent: Sent, now: float) -> None:
         for job in list(self.waiting):
             if (error := self._over(job, now)) is not None:

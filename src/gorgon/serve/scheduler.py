@@ -176,9 +176,9 @@ class Scheduler:
             sent = lane.turn()
             self._faults = 0
         except Exception:
-            fields = {"request_ids": lane.request_ids}
-            log.exception("a step failed; the requests in it end with an error", extra={"fields": fields})
             sent = self._recover(lane)
+            fields = {"request_ids": sorted({job.request_id for job, _ in sent})}
+            log.exception("a step failed; these requests end with an error", extra={"fields": fields})
         self._turn_began = None
         self.meter.load(self.queued, self.active, sum(lane.tokens_held for lane in self.lanes.values()))
         self._send(sent)
