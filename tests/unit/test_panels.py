@@ -11,7 +11,8 @@ from torch import nn
 
 from gorgon.errors import MissingDependencyError
 from gorgon.models import panels, toolchain
-from gorgon.models.panels import PanelLinear, load_kernel
+from gorgon.models.direct import DirectCalls
+from gorgon.models.panels import DOORS, PanelLinear, load_kernel
 from gorgon.models.toolchain import build_library, cpp_compiler
 
 pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")
@@ -40,6 +41,24 @@ def test_a_row_is_the_same_bits_in_any_company(rows, inputs, outputs, bias):
     _, own = layers(inputs, outputs, bias)
     x = torch.randn(rows, inputs)
     assert torch.equal(own(x), torch.cat([own(x[row : row + 1]) for row in range(rows)]))
+
+
+def test_generated_code_calls_the_kernel_with_and_without_a_bias():
+    (layer, own), (other, bare) = layers(48, 40, bias=True), layers(40, 33, bias=False)
+
+    def function(*arguments):
+        return (bare(own(arguments[0]).relu()),)
+
+    direct = DirectCalls(function, {"cpp_wrapper": True, "aot_inductor.custom_ops_to_c_shims": DOORS}, every_guard)
+    with torch.inference_mode():
+        for rows in (5, 9, 5):
+            x = torch.randn(rows, 48)
+            torch.testing.assert_close(direct(x)[0], other(layer(x).relu()))
+    assert len(direct._versions) == 1
+
+
+def every_guard(guards):
+    return [True] * len(guards)
 
 
 def test_rows_that_do_not_lie_in_order_are_copied():

@@ -82,7 +82,7 @@ def step_function(function: StepFunction, backbone: Any, mode: StepMode) -> Step
     options: dict[str, Any] = {
         "cpp_wrapper": True,  # the kernels are called from C++: Python would take a fifth of a small model's step
         "cpp.min_chunk_size": SERIAL_ELEMENTS,
-        "cpp.weight_prepack": False,  # weights lie as `models.linear` found to be fastest
+        "cpp.weight_prepack": False,  # `models.linear` has laid out the weights
         "aot_inductor.custom_ops_to_c_shims": DOORS,
     }
     compiled = DirectCalls(own, options, _about_the_arguments)

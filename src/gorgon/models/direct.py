@@ -90,7 +90,7 @@ class DirectCalls:
         return call
 
     def _keep(self, made: _Made, known: dict[str, Any], result: tuple[Tensor, ...]) -> None:
-        """Remembers a version whose outputs are the function's result and whose inputs hang from its arguments."""
+        """Remembers a version whose outputs are the function's result and whose inputs hang from what it is given."""
         from torch._dynamo import eval_frame
 
         same = len(made.outputs) == len(result) and all(a is b for a, b in zip(made.outputs, result, strict=True))
@@ -105,19 +105,23 @@ class DirectCalls:
 
 def _inputs_of(places: Sequence[str], known: dict[str, Any]) -> Callable[[dict[str, Any]], list[Any]]:
     """Lists the inputs at those places: what hangs from `arguments` anew at every call, the others as they are now."""
-    own = [f"numbered({place})" if place.startswith("L['arguments']") else f"constants[{i}]"
-           for i, place in enumerate(places)]  # fmt: skip
-    constants = [None if place.startswith("L['arguments']") else _numbered(eval(place, {"L": known}))  # noqa: S307
-                 for place in places]  # fmt: skip
-    names = {"constants": constants, "numbered": _numbered}
-    return cast(Callable[[dict[str, Any]], list[Any]], eval(f"lambda L: [{', '.join(own)}]", names))  # noqa: S307
+    names: dict[str, Any] = {"as_input": _as_input}
+    inputs = []
+    for number, place in enumerate(places):
+        if place.startswith("L['arguments']"):
+            inputs.append(f"as_input({place})")
+        else:
+            inputs.append(f"constant_{number}")
+            names[inputs[-1]] = _as_input(eval(place, {"L": known}))  # noqa: S307 - torch's own names of the inputs
+    return cast(Callable[[dict[str, Any]], list[Any]], eval(f"lambda L: [{', '.join(inputs)}]", names))  # noqa: S307
 
 
-def _numbered(value: Any) -> Any:
+def _as_input(value: Any) -> Any:
+    """What generated code takes: of a number, the tensor that it would otherwise make at every call."""
     return _number(value) if type(value) is int else value
 
 
 @cache
 def _number(value: int) -> Tensor:
-    """The number as what generated code makes of it, which would take longer than a kernel."""
+    """Made once, because making it takes longer than a kernel."""
     return torch.tensor(value)

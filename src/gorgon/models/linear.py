@@ -1,10 +1,10 @@
-"""Linear layers laid out for a few rows at a time, on the CPU: the layout that this machine multiplies fastest.
+"""Linear layers laid out for a few rows at a time, on the CPU.
 
 A decoding step multiplies 1 to 32 rows by every weight. BLAS kernels for such skinny products are far from the
-memory's bandwidth in the usual [out, in] layout. Panels and our own kernel come near it where there is a C++ compiler;
-which other layout helps depends on the processor: an Intel core runs MKL well on a transposed weight, an AMD core wants
-oneDNN's blocked weight (docs/lab-notes.md, "Weight layout" and "Panels"). So the layouts are timed when an engine is
-loaded. Values stay the same; only sums may round differently.
+memory's bandwidth in the usual [out, in] layout. Panels and our own kernel come near it where there is a C++ compiler.
+Elsewhere the layout that helps depends on the processor (an Intel core runs MKL well on a transposed weight, an AMD
+core wants oneDNN's blocked weight), so the layouts are timed when an engine is loaded (docs/lab-notes.md, "Weight
+layout" and "Panels"). Values stay the same; only sums may round differently.
 Shapes: R rows, I inputs, O outputs.
 """
 
@@ -59,7 +59,7 @@ def packing_works() -> bool:
 
 
 def lay_out_linear_weights(model: nn.Module) -> dict[str, Layout]:
-    """Gives every float32 CPU linear layer the layout that is fastest for its shape; returns "OxI" -> layout.
+    """Lays out every float32 CPU linear layer, in panels or as is fastest for its shape; returns "OxI" -> layout.
 
     Invariant: the products stay the same up to rounding.
     """

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -95,7 +96,8 @@ inline void accumulate_rows(
 void multiply(const Product& p, int64_t panel, int64_t first, int64_t last, float* y, int64_t y_stride) {
   constexpr int64_t BYTES = WIDTH * sizeof(float);  // of a panel's weights for one input
   Start start{};
-  if (p.bias) std::memcpy(start.bias, p.bias + panel * WIDTH, std::min(BYTES, (p.outputs - panel * WIDTH) * 4));
+  const int64_t known = std::min<int64_t>(WIDTH, p.outputs - panel * WIDTH);
+  if (p.bias) std::memcpy(start.bias, p.bias + panel * WIDTH, sizeof(float) * known);
   const float* const weight = p.panels + panel * p.inputs * WIDTH;
   const int64_t passes = (last - first + ROWS - 1) / ROWS;
   if (passes == 1) {
