@@ -27,6 +27,11 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from gorgon.artifacts import provenance, write_json
+from gorgon.bench.decoders import PLAIN as PLAIN_NAME
+from gorgon.bench.decoders import EngineDecoder, TransformersDecoder
+from gorgon.bench.measure import measure as measure_decoders
+from gorgon.bench.summary import speedup, tokens_per_second
+from gorgon.bench.workload import Prompt
 from gorgon.core.draft import Draft
 from gorgon.core.tree import DraftTree
 from gorgon.decode.engine import PLAIN, Engine
@@ -72,7 +77,7 @@ MEASURED = {"cpu": ["4M", "30M", "135M", "360M", "1B"], "cuda": ["1B", "8B"]}
 class _Tokenizer:
     """A backbone needs one; no text is made here."""
 
-    eos_token_id = 1
+    eos_token_id, pad_token_id = 1, None
 
     def decode(self, ids: list[int], **_: bool) -> str:
         return " ".join(map(str, ids))
@@ -176,31 +181,19 @@ def step_times(backbone: Backbone, seconds: float) -> dict[str, dict[str, float]
     return {str(nodes): summary_ms(taken) for nodes, taken in samples.items()}
 
 
-def beside_generate(backbone: Backbone, as_loaded: Any) -> dict[str, Any]:
+def beside_generate(backbone: Backbone, as_loaded: Backbone) -> dict[str, Any]:
     """Plain decoding against `transformers.generate` on the weights as loaded: ms per token, and if tokens agree."""
-    prompt = [i % backbone.vocab_size for i in range(2, CONTEXT // 2)]
-    ids_1T, engine = torch.tensor([prompt], device=backbone.device), Engine(backbone, None, PLAIN)
-
-    def generate() -> list[int]:
-        written_1T = as_loaded.generate(
-            ids_1T, attention_mask=torch.ones_like(ids_1T), do_sample=False, max_new_tokens=ANSWER, pad_token_id=0
-        )
-        found: list[int] = written_1T[0, len(prompt) :].tolist()
-        return found
-
-    decoders = {"generate": generate, "engine": lambda: engine.answer(prompt, max_new_tokens=ANSWER).token_ids}
-    written = {name: decode() for name, decode in decoders.items()}
-    taken: dict[str, list[float]] = {name: [] for name in decoders}
-    for _ in range(TRIALS):
-        for name, decode in decoders.items():
-            start = time.perf_counter()
-            decode()
-            taken[name].append(1000 * (time.perf_counter() - start) / len(written[name]))
-    ratios = sorted(a / b for a, b in zip(taken["generate"], taken["engine"], strict=True))
+    prompt = Prompt("numbers", "", None, "", [i % backbone.vocab_size for i in range(2, CONTEXT // 2)])
+    decoders = [EngineDecoder(PLAIN_NAME, Engine(backbone, None, PLAIN)), TransformersDecoder(as_loaded)]
+    ours, theirs = measure_decoders(
+        decoders, [prompt], max_new_tokens=ANSWER, stop=(), trials=TRIALS, warmup_prompts=1
+    ).values()
+    rates = {"generate": tokens_per_second(theirs), "engine": tokens_per_second(ours)}
+    median, lowest_highest = speedup(ours, theirs)
     return {
-        "ms_per_token": {name: round(statistics.median(times), 3) for name, times in taken.items()},
-        "speedup": [round(ratio, 3) for ratio in (statistics.median(ratios), ratios[0], ratios[-1])],
-        "equal": written["generate"] == written["engine"],
+        "ms_per_token": {name: round(1000 / rate, 3) for name, (rate, _) in rates.items()},
+        "speedup": [median, *lowest_highest],
+        "equal": theirs.exact_match == 1.0,
     }
 
 
@@ -240,7 +233,8 @@ def costs(backbone: Backbone) -> dict[str, int]:
 
 def measure(size: str, rate: float, memory: float, seconds: float, device: torch.device) -> dict[str, Any]:
     backbone = random_backbone(size, device)
-    parameters, cost, as_loaded = backbone.parameters, costs(backbone), copy.deepcopy(backbone.model)
+    parameters, cost = backbone.parameters, costs(backbone)
+    as_loaded = Backbone(size, copy.deepcopy(backbone.model), backbone.tokenizer, device, backbone.dtype)
     total = cost["weight_bytes"] + cost["cache_bytes"]
     reached = max(memory, bandwidth(min(total, STREAM_BYTES), device))
     steps: dict[str, Any] = {}
