@@ -6,7 +6,8 @@ Shapes: B batch, T positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +19,17 @@ from torch import Tensor, nn
 from gorgon.config import EMBEDDED, Dtype, Quantization, StepMode
 from gorgon.core.accept import ancestors
 from gorgon.errors import ModelError
+from gorgon.models import attention
 from gorgon.models.cache import TreeCache
 from gorgon.models.compiler import StepFunction, pick_mode, step_function
 from gorgon.models.families import attention_of, refuse_mismatch, refuse_other_results, refuse_unsupported
 from gorgon.models.graphs import CudaRecorder, Graphs
+from gorgon.models.kernels import kernels_work
 from gorgon.models.linear import lay_out_linear_weights
-from gorgon.models.masks import additive, prompt_visibility, tree_visibility
+from gorgon.models.masks import additive, prompt_spans, prompt_visibility, tree_spans, tree_visibility, within
 from gorgon.models.quantize import quantizer
 
+log = logging.getLogger(__name__)
 EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,7 +92,10 @@ def load_tokenizer(name: str | Path) -> Any:
 
 @dataclass
 class Backbone:
-    """A frozen causal LM with what the rest of Gorgon needs to know of it."""
+    """A frozen causal LM with what the rest of Gorgon needs to know of it.
+
+    Attributes: spans: whether its layers are told what nodes see as spans (`models.attention`), not as masks.
+    """
 
     name: str
     model: Any
@@ -98,6 +105,7 @@ class Backbone:
     steps: StepMode = "eager"
     quantization: Quantization = "none"
     graphs: Graphs | None = None
+    spans: bool = False
     _functions: dict[StepFunction, StepFunction] = field(default_factory=dict)
 
     @property
@@ -156,19 +164,15 @@ class Backbone:
             return {"every": window}
         return {t: window if t == "sliding_attention" else None for t in types}
 
-    def _mask(self, visible_BNS: Tensor, queries_BN: Tensor, keys_BS: Tensor) -> Any:
-        """The `attention_mask` argument: one mask, or one by layer type where some layers have a sliding window."""
-
-        def of(window: int | None) -> Tensor:
-            near_BNS = visible_BNS
-            if window is not None:
-                near_BNS = visible_BNS & (keys_BS[:, None, :] > queries_BN[:, :, None] - window)
-            return additive(near_BNS, self.dtype)
-
+    def _by_layers(self, make: Callable[[int | None], Tensor]) -> Any:
+        """The `attention_mask` argument: one for all layers, or one by layer type where their windows differ."""
         windows = set(self._windows.values())
         if len(windows) == 1:
-            return of(windows.pop())
-        return {kind: of(window) for kind, window in self._windows.items()}
+            return make(windows.pop())
+        return {kind: make(window) for kind, window in self._windows.items()}
+
+    def _mask(self, visible_BNS: Tensor, queries_BN: Tensor, keys_BS: Tensor) -> Any:
+        return self._by_layers(lambda window: additive(within(visible_BNS, queries_BN, keys_BS, window), self.dtype))
 
     def forward_tree(
         self, cache: TreeCache, tokens_BN: Tensor, depths_BN: Tensor, bits_BN: Tensor, lengths_B: Tensor, visible: int
@@ -184,17 +188,25 @@ class Backbone:
             visible: S, cache rows to read: at least the longest length plus N.
         """
         positions_BN = (lengths_B[:, None] + depths_BN).clamp(max=self.max_length - 1)
-        seen_BNS, keys_BS = tree_visibility(ancestors(bits_BN), positions_BN, lengths_B, visible)
         slots_BN = lengths_B[:, None] + torch.arange(tokens_BN.shape[1], device=tokens_BN.device)
         cache.place(slots_BN, visible)
-        return self._run(cache, tokens_BN.clamp(min=0), positions_BN, self._mask(seen_BNS, positions_BN, keys_BS))
+        if self.spans:
+            mask = self._by_layers(lambda window: tree_spans(bits_BN, positions_BN, lengths_B, window))
+        else:
+            seen_BNS, keys_BS = tree_visibility(ancestors(bits_BN), positions_BN, lengths_B, visible)
+            mask = self._mask(seen_BNS, positions_BN, keys_BS)
+        return self._run(cache, tokens_BN.clamp(min=0), positions_BN, mask)
 
     def forward_prompt(self, cache: TreeCache, tokens_1T: Tensor, start_1: Tensor, visible: int) -> Tensor:
         """Hidden states [1, T, H] of a part of a prompt that begins at position `start_1`; rows go to the cache."""
         positions_1T = start_1[:, None] + torch.arange(tokens_1T.shape[1], device=tokens_1T.device)
         cache.place(positions_1T, visible)
-        seen_1TS, keys_1S = prompt_visibility(positions_1T, visible)
-        return self._run(cache, tokens_1T, positions_1T, self._mask(seen_1TS, positions_1T, keys_1S))
+        if self.spans:
+            mask = self._by_layers(lambda window: prompt_spans(positions_1T, window))
+        else:
+            seen_1TS, keys_1S = prompt_visibility(positions_1T, visible)
+            mask = self._mask(seen_1TS, positions_1T, keys_1S)
+        return self._run(cache, tokens_1T, positions_1T, mask)
 
     def _run(self, cache: TreeCache, tokens_BN: Tensor, positions_BN: Tensor, mask: Any) -> Tensor:
         output = self.decoder(
@@ -226,6 +238,23 @@ class Backbone:
         self.steps, self._functions = pick_mode(mode, self.parameters, self.device), {}
         self.graphs = Graphs(CudaRecorder(self.device)) if self.steps == "captured" else None
         lay_out_linear_weights(self.model)
+        if not self.spans and self.device.type == "cpu" and self.dtype == torch.float32 and kernels_work():
+            self._attend_over_spans()
+
+    def _attend_over_spans(self) -> None:
+        """From now on attention is our own kernel's, unless the model needs more than it has (`families`)."""
+        before = self.model.config._attn_implementation
+        if before != "sdpa":
+            return
+        attention.register()
+        self.model.set_attn_implementation(attention.NAME)
+        self.spans = True
+        try:
+            refuse_other_results(self)
+        except ModelError as error:
+            log.info("attention stays torch's: %s", error)
+            self.spans = False
+            self.model.set_attn_implementation(before)
 
     def step_function(self, function: StepFunction) -> StepFunction:
         """A function of a step on this backbone as `run_steps` has it run; made once, so that engines share it."""

@@ -16,7 +16,7 @@ import torch
 from gorgon.config import StepMode
 from gorgon.errors import MissingDependencyError
 from gorgon.models.direct import DirectCalls
-from gorgon.models.panels import DOORS
+from gorgon.models.kernels import DOORS
 from gorgon.models.toolchain import cpp_compiler
 
 StepFunction = Callable[..., Any]

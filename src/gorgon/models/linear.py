@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from gorgon.models.panels import PanelLinear, panels_work
+from gorgon.models.kernels import kernels_work
+from gorgon.models.panels import PanelLinear
 from gorgon.models.toolchain import cpp_compiler
 
 Layout = Literal["as stored", "transposed", "packed", "panels"]
@@ -65,7 +66,7 @@ def lay_out_linear_weights(model: nn.Module) -> dict[str, Layout]:
     """
     chosen: dict[str, Layout] = {}
     for (outputs, inputs), places in _by_shape(model).items():
-        layout = "panels" if panels_work() else _fastest_layout([layer for _, _, layer in places])
+        layout = "panels" if kernels_work() else _fastest_layout([layer for _, _, layer in places])
         chosen[f"{outputs}x{inputs}"] = layout
         for parent, name, layer in places:
             if layout in MODULES:

@@ -12,24 +12,13 @@
 #include <cstring>
 #include <optional>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
+#include "kernels.h"
 
 namespace {
 
-using torch::stable::Tensor;
-
-// Lanes of a vector register, registers of a panel's width, and rows whose sums fit into the registers that are left.
-#if defined(__AVX512F__)
-constexpr int LANES = 16, REGISTERS = 2, ROWS = 14;
-#elif defined(__AVX__)
-constexpr int LANES = 8, REGISTERS = 2, ROWS = 6;
-#else
-constexpr int LANES = 4, REGISTERS = 4, ROWS = 6;
-#endif
-constexpr int WIDTH = LANES * REGISTERS;
+// Registers of a panel's width, and rows whose sums fit into the registers that are left.
+constexpr int ACROSS = LANES == 4 ? 4 : 2, ROWS = REGISTERS == 32 ? 28 / ACROSS : 12 / ACROSS;
+constexpr int WIDTH = LANES * ACROSS;
 // Inputs of a chunk: 32 KB of a panel at most, which the first-level cache holds beside the rows' own.
 constexpr int64_t CHUNK = 256;
 // Rows that go over a panel before the next one is read: they must stay in the second-level cache.
@@ -37,9 +26,6 @@ constexpr int64_t BLOCK = 64;
 // How far ahead the only pass over a weight asks for it: memory takes some 100 ns to answer.
 constexpr int64_t AHEAD = 8192;
 constexpr int LINE = 64;
-constexpr int64_t MOST_DIMS = 8;
-
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(alignof(float))));
 
 struct Product {
   const float* x;       // [rows, inputs]
@@ -51,7 +37,7 @@ struct Product {
 
 // What the sums of one panel begin with: the outputs' biases, or what an earlier chunk has left in y.
 struct Start {
-  Vector bias[REGISTERS];
+  Vector bias[ACROSS];
   bool from_y;
 };
 
@@ -66,19 +52,19 @@ template <int R, int LINES>
 inline __attribute__((always_inline)) void accumulate(
     const float* __restrict x, int64_t x_stride, const float* __restrict panel, float* __restrict y, int64_t y_stride,
     int64_t inputs, const Start& start, Ahead ahead) {
-  Vector sums[R][REGISTERS];
+  Vector sums[R][ACROSS];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < REGISTERS; ++v)
-      sums[r][v] = start.from_y ? *reinterpret_cast<const Vector*>(y + r * y_stride + v * LANES) : start.bias[v];
+    for (int v = 0; v < ACROSS; ++v)
+      sums[r][v] = start.from_y ? vector_at(y + r * y_stride + v * LANES) : start.bias[v];
   for (int64_t k = 0; k < inputs; ++k) {
-    Vector weight[REGISTERS];
-    for (int v = 0; v < REGISTERS; ++v) weight[v] = *reinterpret_cast<const Vector*>(panel + k * WIDTH + v * LANES);
+    Vector weight[ACROSS];
+    for (int v = 0; v < ACROSS; ++v) weight[v] = vector_at(panel + k * WIDTH + v * LANES);
     for (int line = 0; line < LINES; ++line) __builtin_prefetch(ahead.at + k * ahead.step + line * LINE, 0, 2);
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < REGISTERS; ++v) sums[r][v] += x[r * x_stride + k] * weight[v];
+      for (int v = 0; v < ACROSS; ++v) sums[r][v] += x[r * x_stride + k] * weight[v];
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < REGISTERS; ++v) *reinterpret_cast<Vector*>(y + r * y_stride + v * LANES) = sums[r][v];
+    for (int v = 0; v < ACROSS; ++v) vector_at(y + r * y_stride + v * LANES) = sums[r][v];
 }
 
 // The same for a number of rows that is known only now.
@@ -139,12 +125,6 @@ void multiply_panels(const Product& p, int64_t begin, int64_t end) {
   }
 }
 
-bool is_plain(const Tensor& tensor) {
-  return tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == torch::headeronly::ScalarType::Float;
-}
-
-float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
-
 // [outputs, inputs] to [ceil(outputs / WIDTH), inputs, WIDTH], filled up with zeros.
 Tensor pack_panels(const Tensor& weight) {
   STD_TORCH_CHECK(weight.dim() == 2 && is_plain(weight), "weight: a contiguous float32 matrix on the CPU");
@@ -171,17 +151,10 @@ Tensor panel_linear(const Tensor& given, const Tensor& panels, const std::option
   const int64_t inputs = panels.size(1), last = x.dim() - 1;
   STD_TORCH_CHECK(last >= 0 && x.size(last) == inputs && is_plain(x), "x: float32, as many inputs as the weight has");
   STD_TORCH_CHECK(!bias || (bias->numel() == outputs && is_plain(*bias)), "bias: float32, one for each output");
-  int64_t sizes[MOST_DIMS], strides[MOST_DIMS], stride = 1;
+  int64_t sizes[MOST_DIMS];
   STD_TORCH_CHECK(last < MOST_DIMS, "x: too many dimensions");
-  for (int64_t d = last; d >= 0; --d) {
-    sizes[d] = d == last ? outputs : x.size(d);
-    strides[d] = stride;
-    stride *= sizes[d];
-  }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      last + 1, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
-  const Tensor y(handle);
+  for (int64_t d = 0; d <= last; ++d) sizes[d] = d == last ? outputs : x.size(d);
+  const Tensor y = empty(sizes, last + 1);
   const Product product{
       data_of(x), data_of(panels), bias ? data_of(*bias) : nullptr, data_of(y), x.numel() / inputs, inputs, outputs};
   torch::stable::parallel_for(
@@ -189,28 +162,18 @@ Tensor panel_linear(const Tensor& given, const Tensor& panels, const std::option
   return y;
 }
 
-// A tensor that belongs to the caller.
-Tensor borrowed(AtenTensorHandle handle) {
-  AtenTensorHandle own;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &own));
-  return Tensor(own);
-}
-
 }  // namespace
 
 // The door for code that torch generates: without looking the operation up by its name at every call.
 extern "C" AOTITorchError aoti_torch_cpu_panel_linear(
     AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle* bias, int64_t outputs, AtenTensorHandle* result) {
-  try {
+  return through_door(result, [&] {
     const std::optional<Tensor> added = bias ? std::optional(borrowed(*bias)) : std::nullopt;
-    const Tensor y = panel_linear(borrowed(x), borrowed(panels), added, outputs);
-    return aoti_torch_new_tensor_handle(y.get(), result);
-  } catch (const std::exception&) {
-    return AOTI_TORCH_FAILURE;
-  }
+    return panel_linear(borrowed(x), borrowed(panels), added, outputs);
+  });
 }
 
-STABLE_TORCH_LIBRARY(gorgon, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(gorgon, library) {
   library.def("pack_panels(Tensor weight) -> Tensor");
   library.def("panel_linear(Tensor x, Tensor panels, Tensor? bias, int outputs) -> Tensor");
 }

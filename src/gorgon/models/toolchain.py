@@ -1,4 +1,4 @@
-"""The C++ compiler of the machine: whether there is one, and a library built with it from one of our sources."""
+"""The C++ compiler of the machine: whether there is one, and a library built with it from our sources."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,8 +31,8 @@ def cpp_compiler() -> str | None:
     return next((path for path in found if path), None) if headers.is_file() else None
 
 
-def build_library(source: Path) -> Path:
-    """Compiles a source for this processor and torch's stable interface, unless that was done before.
+def build_library(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> Path:
+    """Compiles sources for this processor and torch's stable interface, unless that was done before.
 
     The library lies beside what torch's code generator keeps, under a name that says what it was made of. It appears
     there whole, so processes that build it at the same time do not disturb each other.
@@ -49,15 +50,21 @@ def build_library(source: Path) -> Path:
     torch_dir = Path(torch.__file__).parent
     # What the compiler defines names itself, its version and the processor's instructions.
     defined = _run([compiler, native, "-dM", "-E", "-x", "c++", os.devnull])
-    made_of = [source.read_text(encoding="utf-8"), *flags, torch.__version__, str(torch_dir), defined]
+    made_of = [
+        *(path.read_text(encoding="utf-8") for path in (*sources, *headers)),
+        *flags,
+        torch.__version__,
+        str(torch_dir),
+        defined,
+    ]
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    library = Path(cache_dir()) / "gorgon" / f"{source.stem}-{key}.so"
+    library = Path(cache_dir()) / "gorgon" / f"{name}-{key}.so"
     if not library.is_file():
         library.parent.mkdir(parents=True, exist_ok=True)
-        log.info("building %s with %s", source.name, compiler)
+        log.info("building our kernels with %s", compiler)
         with tempfile.TemporaryDirectory(dir=library.parent) as directory:
             made = Path(directory) / library.name
-            _run([compiler, *flags, f"-I{torch_dir / 'include'}", str(source), "-o", str(made),
+            _run([compiler, *flags, f"-I{torch_dir / 'include'}", *map(str, sources), "-o", str(made),
                   f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"])  # fmt: skip
             made.replace(library)
     return library

@@ -1,0 +1,81 @@
+"""Our own CPU kernels: products in panels (panels.cpp) and attention over spans (attention.cpp).
+
+They are built with the machine's C++ compiler on first use, and kept. What they compute for a node of a draft tree is,
+to the last bit, what they compute for it in plain decoding: no sum depends on what is computed beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gorgon.errors import MissingDependencyError
+from gorgon.models.toolchain import build_library, cpp_compiler
+
+log = logging.getLogger(__name__)
+HEADER = Path(__file__).with_name("kernels.h")
+SOURCES = tuple(HEADER.with_name(name) for name in ("panels.cpp", "attention.cpp"))
+
+
+@cache
+def kernels_work() -> bool:
+    """Whether there is a C++ compiler, and it builds the kernels; if it fails to, a warning says why."""
+    if cpp_compiler() is None:
+        return False
+    try:
+        load_kernels()
+    except MissingDependencyError as error:
+        log.warning("our own kernels are not used, so steps take longer: %s", error)
+        return False
+    return True
+
+
+@cache
+def load_kernels() -> None:
+    """Builds the kernels unless they were, and makes them known to torch as operations of `gorgon`.
+
+    Raises: MissingDependencyError when they cannot be built.
+    """
+    library = str(build_library("kernels", SOURCES, [HEADER]))
+    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # generated code finds its doors among the process's symbols
+    torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    torch.library.register_fake("gorgon::panel_linear", _products)
+    torch.library.register_fake("gorgon::tree_attention", _attended)
+
+
+def _products(x: Tensor, _panels: Tensor, _bias: Tensor | None, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+def _attended(queries_BHND: Tensor, _keys: Tensor, values_BGSD: Tensor, _spans: Tensor, _scale: float) -> Tensor:
+    batch, heads, nodes, _ = queries_BHND.shape
+    return queries_BHND.new_empty(batch, nodes, heads, values_BGSD.shape[3])
+
+
+class Doors(dict[Any, list[str]]):
+    """For inductor's option `aot_inductor.custom_ops_to_c_shims`: by operation, how generated code calls it.
+
+    It calls them by the linker's names, so that nothing is looked up at every call. Keyed by name, because torch keeps
+    what it compiled under a key that it cannot make of an operation.
+    """
+
+    def __contains__(self, operation: object) -> bool:
+        return super().__contains__(str(operation))
+
+
+DOORS = Doors({
+    "gorgon.panel_linear.default": [
+        "AOTITorchError aoti_torch_cpu_panel_linear("
+        "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, int64_t, AtenTensorHandle*)"
+    ],
+    "gorgon.tree_attention.default": [
+        "AOTITorchError aoti_torch_cpu_tree_attention("
+        "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*)"
+    ],
+})  # fmt: skip
