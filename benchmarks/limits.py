@@ -35,7 +35,7 @@ from gorgon.bench.workload import Prompt
 from gorgon.core.draft import Draft
 from gorgon.core.tree import DraftTree
 from gorgon.decode.engine import PLAIN, Engine
-from gorgon.decode.step import DraftBatch
+from gorgon.decode.inputs import Inputs
 from gorgon.models.backbone import Backbone, pick_dtype
 from gorgon.models.cache import TreeCache
 from gorgon.progress import say
@@ -117,11 +117,11 @@ def step_of(backbone: Backbone, nodes: int) -> Callable[[], None]:
     engine = Engine(backbone, None, PLAIN)
     stepper = engine.stepper(1)
     stepper.prompt(cache, [i % backbone.vocab_size for i in range(CONTEXT)], 0)
-    visible = engine.visible(CONTEXT + nodes, cache.capacity)
+    visible, inputs = engine.visible(CONTEXT + nodes, cache.capacity), Inputs(backbone.device)
 
     def step() -> None:
-        batch = DraftBatch.of([shape], backbone.device, nodes if engine.fixed_shapes else None)
-        stepper.step(cache, batch, torch.tensor([CONTEXT], device=backbone.device), visible)
+        batch = inputs.drafts([shape], nodes if engine.fixed_shapes else None)
+        stepper.step(cache, batch, inputs.lengths([CONTEXT]), visible)
 
     return step
 

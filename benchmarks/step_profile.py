@@ -26,9 +26,10 @@ from gorgon.artifacts import provenance, write_json
 from gorgon.core.draft import Draft
 from gorgon.core.heads import PackedHeads
 from gorgon.decode.dynamic import DynamicDrafter
+from gorgon.decode.inputs import DraftBatch, Inputs
 from gorgon.decode.load import engine_on, read_drafters
 from gorgon.decode.ngrams import NgramIndex
-from gorgon.decode.step import DraftBatch, HeadChoices, Stepper
+from gorgon.decode.step import HeadChoices, Stepper
 from gorgon.models.backbone import load_backbone
 from gorgon.models.cache import TreeCache
 from gorgon.models.directory import base_model, read_phrasebook, read_tree_file
@@ -75,7 +76,7 @@ def profile(model: Path, mode: Any, device: str) -> dict[str, dict[str, float]]:
         draft = Draft([7])
         for i in range(nodes - 1):
             draft.add(9, max(0, i - 1))
-        batch = DraftBatch.of([draft], backbone.device, nodes if engine.fixed_shapes else None)
+        batch = Inputs(backbone.device).drafts([draft], nodes if engine.fixed_shapes else None)
         visible = engine.visible(CONTEXT + nodes, cache.capacity)
         forward, settle, with_heads = _parts(bare, full, cache, batch, lengths, visible)
         drafting = 0.0
@@ -99,7 +100,7 @@ def _parts(
 
     def forward() -> None:
         if pair is None:
-            bare._forward(batch.flat_4BN, lengths, visible, *cache.buffers)
+            bare.functions(cache).forward(batch.flat_4BN, lengths, visible)
         else:
             pair.put(batch.flat_4BN, lengths)
             pair.run(0)

@@ -16,7 +16,7 @@ NEEDS_COMPILER = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compi
 
 
 def without_compiler(monkeypatch):
-    monkeypatch.setattr(linear, "panels_work", lambda: False)
+    monkeypatch.setattr(linear, "kernels_work", lambda: False)
     monkeypatch.setattr(linear, "cpp_compiler", lambda: None)
 
 

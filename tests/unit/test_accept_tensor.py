@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gorgon.core.accept import accept, ancestors
 from gorgon.core.draft import FILLER, MOST_NODES, Draft
 from gorgon.core.tree import DraftTree
-from gorgon.decode.step import DraftBatch
+from gorgon.decode.inputs import Inputs
 from tests.unit.test_tree import trees
 
 NOT_CHOSEN = -2
@@ -36,7 +36,7 @@ def drafts_of(tree, tokens):
 
 
 def accepted(drafts, choices, *, nodes=None, deeper=0):
-    batch = DraftBatch.of(drafts, torch.device("cpu"), nodes)
+    batch = Inputs(torch.device("cpu")).drafts(drafts, nodes)
     tokens_BN, parents_BN, depths_BN, bits_BN = batch.flat_4BN.unbind(0)
     choices_BN = torch.tensor([c + [0] * (batch.nodes - len(c)) for c in choices])
     return accept(tokens_BN, choices_BN, parents_BN, depths_BN, ancestors(bits_BN), batch.longest + deeper)

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from gorgon.core.draft import Draft
 from gorgon.core.heads import MedusaHeads, PackedHeads
-from gorgon.decode.step import DraftBatch, Stepper, _settle, _verify
+from gorgon.decode.inputs import Inputs
+from gorgon.decode.step import Stepper, _settle, _verify
 from gorgon.models.cache import TreeCache
 from tests.parity.support import FAMILIES, VOCAB, backbone_of
 
@@ -67,7 +68,7 @@ def run(backbone, drafts, *, heads=0, sampled=False):
     model = copy.deepcopy(backbone.model).to(META, torch.bfloat16)
     backbone.model, backbone.device, backbone.dtype = model, META, torch.bfloat16
     cache = TreeCache(int(backbone.text_config.num_hidden_layers), 4, 40)
-    batch = DraftBatch.of(drafts, META, nodes=6)
+    batch = Inputs(META).drafts(drafts, nodes=6)
     lengths_B = torch.zeros(len(drafts), dtype=torch.int64, device=META)
     packed = None
     if heads:

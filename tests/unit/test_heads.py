@@ -38,7 +38,7 @@ def test_packed_heads_equal_the_modules(layers, count):
     heads.requires_grad_(False)
     for batch in (1, 3):
         hidden = torch.randn(batch, 8)
-        torch.testing.assert_close(read_heads(hidden, *PackedHeads(heads, count).tensors), heads(hidden)[:count])
+        torch.testing.assert_close(read_heads(hidden, PackedHeads(heads, count).layers), heads(hidden)[:count])
 
 
 def test_wrong_sizes_are_refused():

@@ -5,7 +5,7 @@ Source: Medusa, arXiv:2401.10774, section 2.1. Shapes: N positions, K heads, H h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from gorgon.errors import ShapeError
+
+Layer = tuple[Tensor, Tensor]
+"""Weights and biases of one layer of several heads."""
+Products = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class ResBlock(nn.Module):
@@ -80,9 +84,11 @@ class MedusaHeads(nn.ModuleList):
 
 
 class PackedHeads:
-    """The first K' heads with their weights stacked, so that one position costs three batched products.
+    """The first K' heads with their weights stacked, so that one position costs a batched product per layer.
 
     Decoding reads one hidden state per step; head by head, the call overhead would exceed the arithmetic.
+    Attributes: layers: weights [K', I, O] and biases [K', O] of the residual blocks, then of the projection, whose
+        biases are zero; none where no heads are read.
     """
 
     def __init__(self, heads: MedusaHeads, count: int, vocabulary_U: Tensor | None = None) -> None:
@@ -94,33 +100,41 @@ class PackedHeads:
         if not 0 <= count <= len(heads):
             raise ShapeError("the tree is deeper than there are heads", field="heads", value=count,
                              allowed=f"0 to {len(heads)}")  # fmt: skip
+        self.layers: tuple[Layer, ...] = ()
+        if not count:
+            return
         chosen = [cast(nn.Sequential, heads[k]) for k in range(count)]
-        self._blocks = [
-            (
-                torch.stack([cast(ResBlock, head[j]).linear.weight.detach() for head in chosen]).transpose(1, 2),
-                torch.stack([cast(ResBlock, head[j]).linear.bias.detach() for head in chosen]).unsqueeze(1),
-            )
-            for j in range(heads.num_layers if count else 0)
-        ]
+        blocks = [[cast(ResBlock, head[j]).linear for head in chosen] for j in range(heads.num_layers)]
         weights = [cast(Tensor, head[-1].weight).detach() for head in chosen]
         if vocabulary_U is not None:
             weights = [weight_VH[vocabulary_U] for weight_VH in weights]
-        self._projection_KHV = torch.stack(weights).transpose(1, 2) if count else None
+        projection_KHU = torch.stack(weights).transpose(1, 2)
+        self.layers = (
+            *(
+                (
+                    torch.stack([linear.weight.detach() for linear in block]).transpose(1, 2),
+                    torch.stack([linear.bias.detach() for linear in block]),
+                )
+                for block in blocks
+            ),
+            (projection_KHU, projection_KHU.new_zeros(count, projection_KHU.shape[2])),
+        )
 
-    @property
-    def tensors(self) -> tuple[tuple[tuple[Tensor, Tensor], ...], Tensor]:
-        """Weights and biases of the blocks, and the projection: what a step function is given."""
-        assert self._projection_KHV is not None
-        return tuple(self._blocks), self._projection_KHV
+
+def batched_products(x_KBI: Tensor, weight_KIO: Tensor, bias_KO: Tensor) -> Tensor:
+    """[K, B, O], as torch computes them."""
+    return torch.baddbmm(bias_KO.unsqueeze(1), x_KBI, weight_KIO)
 
 
-def read_heads(hidden_BH: Tensor, blocks: Sequence[tuple[Tensor, Tensor]], projection_KHV: Tensor) -> Tensor:
-    """Logits [K', B, V], or [K', B, U] over the draft vocabulary, of the heads whose `PackedHeads.tensors` these are.
+def read_heads(hidden_BH: Tensor, layers: Sequence[Layer], multiply: Products = batched_products) -> Tensor:
+    """Logits [K', B, V], or [K', B, U] over the draft vocabulary, of the heads whose `PackedHeads.layers` these are.
 
+    Args: multiply: products of rows with the layers' weights as they are given.
     Invariant: equal to `MedusaHeads.forward` at those B positions up to rounding; drafts need no more, because every
     token is verified by the backbone.
     """
-    x_KBH = hidden_BH.expand(len(projection_KHV), *hidden_BH.shape)
-    for weight_KHH, bias_K1H in blocks:
-        x_KBH = x_KBH + silu(torch.baddbmm(bias_K1H, x_KBH, weight_KHH))
-    return torch.bmm(x_KBH, projection_KHV)
+    *blocks, projection = layers
+    x_KBH = hidden_BH.expand(len(projection[1]), *hidden_BH.shape)
+    for block in blocks:
+        x_KBH = x_KBH + silu(multiply(x_KBH, *block))
+    return multiply(x_KBH, *projection)

@@ -113,7 +113,12 @@ class Engine:
         return self._steppers[reads]
 
     def visible(self, needed: int, capacity: int) -> int:
-        """Cache rows that a step reads: what it needs, in large units where steps are captured by shape."""
+        """Cache rows that a step is given: what it needs, in large units where steps are captured by shape.
+
+        Where nodes look at spans they are all that there are: a number that stays the same.
+        """
+        if self.backbone.spans:
+            return capacity
         return min(-(-needed // ROUNDING) * ROUNDING, capacity) if self.fixed_shapes else needed
 
     def slots(self, count: int, context: int, *, reuse: bool = False) -> Slots:

@@ -17,11 +17,12 @@ import torch
 from gorgon.core.accept import accept_sampled, accept_typical
 from gorgon.core.draft import FILLER, Draft
 from gorgon.core.sampling import History, Randomness, choose
+from gorgon.decode.inputs import Inputs
 from gorgon.decode.logprobs import Logprob, output_logprobs
 from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.prefixes import Prefixes
 from gorgon.decode.request import Generation, Request
-from gorgon.decode.step import Decided, DraftBatch, HeadChoices
+from gorgon.decode.step import Decided, HeadChoices
 from gorgon.decode.text import TextStream, cut_at_stop
 from gorgon.errors import GorgonError, ModelError
 from gorgon.models.cache import TreeCache
@@ -130,6 +131,7 @@ class Slots:
         self._cache = TreeCache(layers, count, capacity)
         self._entry = self._cache if count == 1 else TreeCache(layers, 1, capacity)
         self._prefixes = Prefixes(count + 1) if reuse else None
+        self._inputs = Inputs(engine.backbone.device)
         self._decoding: list[Running] = []
         self._entering: Running | None = None
 
@@ -222,12 +224,11 @@ class Slots:
         drafts = [drafter.draft(r.root, r.choices, r.context) for r in batch]
         for running, draft in zip(batch, drafts, strict=True):
             running.draft = draft
-        device = engine.backbone.device
-        tensors = DraftBatch.of(
-            drafts, device, drafter.nodes if engine.fixed_shapes else None, least=min(drafter.nodes, 2)
+        tensors = self._inputs.drafts(
+            drafts, drafter.nodes if engine.fixed_shapes else None, least=min(drafter.nodes, 2)
         )
         lengths = [r.length for r in batch]
-        lengths_B = torch.tensor(lengths, device=device)
+        lengths_B = self._inputs.lengths(lengths)
         visible = engine.visible(max(lengths) + tensors.nodes, self._cache.capacity)
         choose = None if self._all_greedy(batch) else partial(self._choices, batch, drafts)
         hidden_BNH, settled = stepper.step(self._cache, tensors, lengths_B, visible, choose)

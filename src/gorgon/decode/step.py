@@ -10,22 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from gorgon.core.accept import accept, ancestors
 from gorgon.core.draft import Draft
-from gorgon.core.heads import PackedHeads, read_heads
+from gorgon.core.heads import Layer, PackedHeads, batched_products, read_heads
+from gorgon.decode.inputs import DraftBatch, Inputs
 from gorgon.models.backbone import Backbone
 from gorgon.models.cache import TreeCache
+from gorgon.models.compiler import BoundFunction
 from gorgon.models.graphs import Captured, Outputs
+from gorgon.models.panels import in_panels, panel_products
 
 Choose = Callable[[Tensor], Tensor | None]
 Buffers = Sequence[Tensor]
-Reads = tuple[tuple[tuple[Tensor, Tensor], ...], Tensor, int, Tensor | None]
-"""The heads as a step function is given them: `PackedHeads.tensors`, R, and the draft vocabulary."""
+Reads = tuple[tuple[Layer, ...], int, Tensor | None]
+"""The heads as a step function is given them: `PackedHeads.layers`, in panels or not, R, and the draft vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -57,32 +60,12 @@ class Decided:
 
 
 @dataclass(frozen=True)
-class DraftBatch:
-    """The drafts of B sequences as tensors on the device, filled up to the largest."""
+class Functions:
+    """The functions of a step, bound to the buffers of a cache and to the heads."""
 
-    flat_4BN: Tensor
-    longest: int
-
-    @property
-    def nodes(self) -> int:
-        """N."""
-        return int(self.flat_4BN.shape[2])
-
-    @staticmethod
-    def of(drafts: Sequence[Draft], device: torch.device, nodes: int | None = None, *, least: int = 1) -> DraftBatch:
-        """Args:
-        nodes: fill up to this many, and call none deeper, where shapes must not change from step to step.
-        least: fill up to this many; two keep a draft of the root alone from being a shape of its own to the compiler.
-        """
-        size = max(least, *(d.nodes for d in drafts)) if nodes is None else nodes
-        if len(drafts) == 1:
-            flat_4BN = torch.tensor(drafts[0].flat(size)).view(4, 1, size)
-        else:
-            flat_4BN = (
-                torch.tensor([d.flat(size) for d in drafts]).view(len(drafts), 4, size).transpose(0, 1).contiguous()
-            )
-        longest = size if nodes is not None else max(least, *(max(d.depths) + 1 for d in drafts))
-        return DraftBatch(flat_4BN.to(device, non_blocking=True), longest)
+    forward: BoundFunction
+    greedy: BoundFunction
+    prompt: BoundFunction
 
 
 class Stepper:
@@ -97,10 +80,22 @@ class Stepper:
 
     def __init__(self, backbone: Backbone, heads: PackedHeads | None, width: int, vocabulary_U: Tensor | None) -> None:
         self.backbone = backbone
-        self._forward, self._greedy = backbone.step_function(_forward), backbone.step_function(_greedy)
-        self._prompt = backbone.step_function(_prompt)
-        self._reads: Reads | None = None if heads is None else (*heads.tensors, width, vocabulary_U)
-        self._end = DraftBatch.of([Draft([0])], backbone.device)  # of a prompt: a tree without drafts
+        self._reads: Reads | None = None
+        if heads is not None:
+            self._reads = in_panels(heads.layers) if backbone.kernels else heads.layers, width, vocabulary_U
+        self._end = Inputs(backbone.device).drafts([Draft([0])])  # of a prompt: a tree without drafts
+        self._by_cache: WeakKeyDictionary[TreeCache, Functions] = WeakKeyDictionary()
+
+    def functions(self, cache: TreeCache) -> Functions:
+        """The step functions on this cache, whose buffers have come to be."""
+        found = self._by_cache.get(cache)
+        if found is None:
+            given = (*cache.buffers, self._reads)
+            bind = self.backbone.step_function
+            found = self._by_cache[cache] = Functions(
+                bind(_forward)(*given), bind(_greedy)(*given), bind(_prompt)(*given)
+            )
+        return found
 
     @torch.inference_mode()
     def settle(
@@ -131,10 +126,11 @@ class Stepper:
         captured = self._captured(cache, batch, lengths_B, visible, choose is not None)
         if captured is None:
             flat_4BN, longest = batch.flat_4BN, batch.longest
+            functions = self.functions(cache)
             if choose is None:
-                hidden_BNH, packed = self._greedy(flat_4BN, lengths_B, visible, longest, *cache.buffers, self._reads)
+                hidden_BNH, packed = functions.greedy(flat_4BN, lengths_B, visible, longest)
                 return hidden_BNH, self._decided(packed.tolist(), longest)
-            (hidden_BNH,) = self._forward(flat_4BN, lengths_B, visible, *cache.buffers)
+            (hidden_BNH,) = functions.forward(flat_4BN, lengths_B, visible)
             return hidden_BNH, self.settle(cache, batch, lengths_B, hidden_BNH, choose(hidden_BNH))
         assert self.backbone.graphs is not None
         captured.put(batch.flat_4BN, lengths_B)
@@ -183,12 +179,16 @@ class Stepper:
         Returns: its last hidden state [1, 1, H], and the token after it with what the heads say there.
         """
         tokens_1T = torch.tensor([list(tokens)], device=self.backbone.device)
-        start_1, visible = torch.tensor([start], device=self.backbone.device), start + len(tokens)
+        start_1 = torch.tensor([start], device=self.backbone.device)
+        visible = cache.capacity if self.backbone.spans else start + len(tokens)
         if not cache.keys:  # the buffers come to be; step functions are given them
             self.backbone.forward_prompt(cache, tokens_1T[:, :1], start_1, start + 1)
         # A single token has a shape of its own to the compiler, and is not worth compiling for.
-        prompt = self._prompt if len(tokens) > 1 else partial(_prompt, self.backbone)
-        hidden_11H, packed = prompt(tokens_1T, start_1, visible, self._end.flat_4BN, *cache.buffers, self._reads)
+        given = tokens_1T, start_1, visible, self._end.flat_4BN
+        if len(tokens) > 1:
+            hidden_11H, packed = self.functions(cache).prompt(*given)
+        else:
+            hidden_11H, packed = _prompt(self.backbone, *given, *cache.buffers, self._reads)
         if choose is None:
             return hidden_11H, self._decided(packed.tolist(), self._end.longest)[0]
         return hidden_11H, self.settle(cache, self._end, start_1, hidden_11H, choose(hidden_11H))[0]
@@ -203,8 +203,8 @@ class Stepper:
         tokens = [*map(int, path[1 : depth + 1]), int(row[2])]
         if self._reads is None:
             return Decided(tokens, node, None, finite)
-        _, projection_KHU, width, _ = self._reads
-        at, size = 3 + 2 * longest, len(projection_KHU) * width
+        layers, width, _ = self._reads
+        at, size = 3 + 2 * longest, len(layers[-1][1]) * width
         found, logprobs = list(map(int, row[at : at + size])), row[at + size : at + 2 * size]
         starts = range(0, size, width)
         return Decided(
@@ -219,7 +219,13 @@ def _verify(backbone: Backbone, cache: TreeCache, flat_4BN: Tensor, lengths_B: T
 
 
 def _forward(
-    backbone: Backbone, flat_4BN: Tensor, lengths_B: Tensor, visible: int, keys: Buffers, values: Buffers
+    backbone: Backbone,
+    flat_4BN: Tensor,
+    lengths_B: Tensor,
+    visible: int,
+    keys: Buffers,
+    values: Buffers,
+    _reads: Reads | None,
 ) -> tuple[Tensor]:
     """Hidden states [B, N, H] of all nodes; their rows are in the cache's buffers."""
     return (_verify(backbone, TreeCache.over(keys, values), flat_4BN, lengths_B, visible),)
@@ -252,8 +258,9 @@ def _settle(
         torch.isfinite(top_BN.values.gather(1, path_BP)),
     ]
     if reads is not None:
-        blocks, projection_KHU, width, vocabulary_U = reads
-        logits_KBU = read_heads(hidden_BNH[rows_B, best_B], blocks, projection_KHU)
+        layers, width, vocabulary_U = reads
+        multiply = panel_products if backbone.kernels else batched_products
+        logits_KBU = read_heads(hidden_BNH[rows_B, best_B], layers, multiply)
         top_KBR = logits_KBU.topk(width, dim=-1)
         found_KBR = top_KBR.indices if vocabulary_U is None else vocabulary_U[top_KBR.indices]
         logprobs_KBR = top_KBR.values.float() - logits_KBU.float().logsumexp(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Attention of a step's nodes over spans of the cache, by our own kernel on the CPU, as transformers lets models use it.
+"""Attention of a step over spans of the cache, by our own kernel on the CPU, as transformers lets models choose it.
 
 A model asks transformers for the attention that its configuration names. Ours takes what each node sees as a span of
 the context and the bits of its ancestors (`models.masks`), in the place of a mask. Given a mask, it is torch's.

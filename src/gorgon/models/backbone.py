@@ -21,7 +21,7 @@ from gorgon.core.accept import ancestors
 from gorgon.errors import ModelError
 from gorgon.models import attention
 from gorgon.models.cache import TreeCache
-from gorgon.models.compiler import StepFunction, pick_mode, step_function
+from gorgon.models.compiler import Binder, StepFunction, pick_mode, step_function
 from gorgon.models.families import attention_of, refuse_mismatch, refuse_other_results, refuse_unsupported
 from gorgon.models.graphs import CudaRecorder, Graphs
 from gorgon.models.kernels import kernels_work
@@ -94,7 +94,9 @@ def load_tokenizer(name: str | Path) -> Any:
 class Backbone:
     """A frozen causal LM with what the rest of Gorgon needs to know of it.
 
-    Attributes: spans: whether its layers are told what nodes see as spans (`models.attention`), not as masks.
+    Attributes:
+        kernels: whether our own kernels run its steps (`models.kernels`).
+        spans: whether its layers are told what nodes see as spans (`models.attention`), not as masks.
     """
 
     name: str
@@ -105,8 +107,9 @@ class Backbone:
     steps: StepMode = "eager"
     quantization: Quantization = "none"
     graphs: Graphs | None = None
+    kernels: bool = False
     spans: bool = False
-    _functions: dict[StepFunction, StepFunction] = field(default_factory=dict)
+    _functions: dict[StepFunction, Binder] = field(default_factory=dict)
 
     @property
     def hidden_size(self) -> int:
@@ -238,7 +241,8 @@ class Backbone:
         self.steps, self._functions = pick_mode(mode, self.parameters, self.device), {}
         self.graphs = Graphs(CudaRecorder(self.device)) if self.steps == "captured" else None
         lay_out_linear_weights(self.model)
-        if not self.spans and self.device.type == "cpu" and self.dtype == torch.float32 and kernels_work():
+        self.kernels = self.device.type == "cpu" and self.dtype == torch.float32 and kernels_work()
+        if self.kernels and not self.spans:
             self._attend_over_spans()
 
     def _attend_over_spans(self) -> None:
@@ -256,7 +260,7 @@ class Backbone:
             self.spans = False
             self.model.set_attn_implementation(before)
 
-    def step_function(self, function: StepFunction) -> StepFunction:
+    def step_function(self, function: StepFunction) -> Binder:
         """A function of a step on this backbone as `run_steps` has it run; made once, so that engines share it."""
         if function not in self._functions:
             self._functions[function] = step_function(function, self, self.steps)

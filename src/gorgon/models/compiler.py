@@ -20,6 +20,10 @@ from gorgon.models.kernels import DOORS
 from gorgon.models.toolchain import cpp_compiler
 
 StepFunction = Callable[..., Any]
+BoundFunction = Callable[..., Any]
+"""A step function that is given its first arguments, those that change from call to call."""
+Binder = Callable[..., BoundFunction]
+"""Gives a step function its last arguments, those that stay the same."""
 LARGEST_COMPILED = 300_000_000
 """Parameters up to which 'auto' compiles: of a larger model's step the products are nearly all (docs/engine.md)."""
 RECOMPILES = 64
@@ -53,13 +57,14 @@ def pick_mode(mode: StepMode, parameters: int, device: torch.device) -> StepMode
     return mode
 
 
-def step_function(function: StepFunction, backbone: Any, mode: StepMode) -> StepFunction:
+def step_function(function: StepFunction, backbone: Any, mode: StepMode) -> Binder:
     """The function on that backbone, run in that mode; sizes of batch, tree and context may change from call to call.
 
     In 'captured' mode it is the function itself: whole steps are captured where they are made (`decode.step`).
     Args:
-        function: of the backbone, then of tensors, numbers and tuples of tensors, so that few conditions guard a call;
-            returns a tuple of tensors.
+        function: of the backbone, then of tensors and numbers, then of those arguments that stay the same for many
+            calls, tuples of tensors among them; returns a tuple of tensors.
+    Returns: what binds the arguments that stay the same.
     Raises (when called): MissingDependencyError when the C++ compiler cannot build what torch generates.
     """
 
@@ -67,7 +72,7 @@ def step_function(function: StepFunction, backbone: Any, mode: StepMode) -> Step
         return function(backbone, *arguments)
 
     if mode in ("eager", "captured"):
-        return bound
+        return _binder(bound)
     import torch._dynamo.exc  # seconds, so not at the top
     import torch._inductor.exc
 
@@ -75,10 +80,9 @@ def step_function(function: StepFunction, backbone: Any, mode: StepMode) -> Step
     torch._dynamo.config.specialize_float = True  # else the modules' own numbers are made tensors at every call
     own = _own_code(bound)
     if mode == "recorded":
-        recorded: StepFunction = torch.compile(
-            own, backend="eager", dynamic=True, options={"guard_filter_fn": _about_the_arguments}
+        return _binder(
+            torch.compile(own, backend="eager", dynamic=True, options={"guard_filter_fn": _about_the_arguments})
         )
-        return recorded
     options: dict[str, Any] = {
         "cpp_wrapper": True,  # the kernels are called from C++: Python would take a fifth of a small model's step
         "cpp.min_chunk_size": SERIAL_ELEMENTS,
@@ -87,16 +91,25 @@ def step_function(function: StepFunction, backbone: Any, mode: StepMode) -> Step
     }
     compiled = DirectCalls(own, options, _about_the_arguments)
 
-    def run(*arguments: Any) -> Any:
-        try:
-            return compiled(*arguments)
-        except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.InductorError) as error:
-            raise MissingDependencyError(
-                "the C++ compiler cannot build the step functions", field="steps", value=mode,
-                allowed="auto, eager, recorded", hint="update the compiler, or use 'recorded'",
-            ) from error  # fmt: skip
+    def bind(*fixed: Any) -> BoundFunction:
+        calls = compiled.bind(*fixed)
 
-    return run
+        def run(*arguments: Any) -> Any:
+            try:
+                return calls(*arguments)
+            except (torch._dynamo.exc.BackendCompilerFailed, torch._inductor.exc.InductorError) as error:
+                raise MissingDependencyError(
+                    "the C++ compiler cannot build the step functions", field="steps", value=mode,
+                    allowed="auto, eager, recorded", hint="update the compiler, or use 'recorded'",
+                ) from error  # fmt: skip
+
+        return run
+
+    return bind
+
+
+def _binder(function: StepFunction) -> Binder:
+    return lambda *fixed: lambda *arguments: function(*arguments, *fixed)
 
 
 def _own_code(function: StepFunction) -> StepFunction:

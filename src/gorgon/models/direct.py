@@ -9,7 +9,7 @@ taken to stay the same: the function is one of a frozen model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -35,6 +35,7 @@ class _Version:
 
     holds: Callable[[dict[str, Any]], bool]
     inputs: Callable[[dict[str, Any]], list[Any]]
+    places: Sequence[str]
     call: Call
 
 
@@ -61,17 +62,28 @@ class DirectCalls:
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
         """Raises: what torch raises when it cannot compile."""
         known = {**self._free, "arguments": arguments}
-        for place, version in enumerate(self._versions):
-            if version.holds(known):
-                if place:
-                    self._versions.insert(0, self._versions.pop(place))
-                return tuple(version.call(*version.inputs(known)))
+        version = self.version(known)
+        if version is not None:
+            return tuple(version.call(*version.inputs(known)))
         made = self._made = list[_Made]()  # anew, for a call that failed may have left something
         result: tuple[Tensor, ...] = self._compiled(*arguments)
         self._made = []
         if len(made) == 1:  # else torch has cut the function in pieces, or has compiled nothing
             self._keep(made[0], known, result)
         return result
+
+    def bind(self, *fixed: Any) -> BoundCalls:
+        """The function whose last arguments are these."""
+        return BoundCalls(self, self._free, fixed)
+
+    def version(self, known: dict[str, Any]) -> _Version | None:
+        """The version that holds for these arguments."""
+        for place, version in enumerate(self._versions):
+            if version.holds(known):
+                if place:
+                    self._versions.insert(0, self._versions.pop(place))
+                return version
+        return None
 
     def _generate(self, graph: Any, examples: Sequence[Any]) -> Call:
         """The backend: inductor's code, and where in the function's arguments its inputs are."""
@@ -100,7 +112,50 @@ class DirectCalls:
         entries = [] if list_entries is None else list_entries(self._code)
         holds = next((e.guard_manager.check for e in entries if e.guard_manager.check(known)), None)
         if holds is not None:
-            self._versions.append(_Version(holds, _inputs_of(made.inputs, known), made.call))
+            self._versions.append(_Version(holds, _inputs_of(made.inputs, known), made.inputs, made.call))
+
+
+MOST_SHAPES = 4096
+"""Shapes that are remembered for bound arguments; then they are forgotten, and asked for anew."""
+
+
+class BoundCalls:
+    """Calls whose last arguments stay the same objects, unchanged.
+
+    What torch has said of the first ones holds for all of their shape: its conditions are about nothing else. So for
+    each shape it is asked once, and the inputs that cannot change are listed once.
+    """
+
+    def __init__(self, calls: DirectCalls, free: Mapping[str, Any], fixed: Sequence[Any]) -> None:
+        self._calls, self._free, self._fixed = calls, free, fixed
+        self._ready: dict[tuple[Any, ...], tuple[Call, list[Any], list[tuple[int, int]]]] = {}
+
+    def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Args: arguments: tensors without gradients, and numbers.
+        Raises: what torch raises when it cannot compile.
+        """
+        shapes = tuple([a if type(a) is int else (a.shape, a.stride(), a.dtype) for a in arguments])
+        ready = self._ready.get(shapes)
+        if ready is None:
+            self._prepare(shapes, arguments)
+            return self._calls(*arguments, *self._fixed)
+        call, inputs, changing = ready
+        inputs = inputs.copy()
+        for at, place in changing:
+            inputs[at] = arguments[place]
+        return tuple(call(*inputs))
+
+    def _prepare(self, shapes: tuple[Any, ...], arguments: Sequence[Any]) -> None:
+        """Remembers the shape's version and its inputs, if there is one already."""
+        known = {**self._free, "arguments": (*arguments, *self._fixed)}
+        version = self._calls.version(known)
+        if version is None:
+            return
+        if len(self._ready) >= MOST_SHAPES:
+            self._ready.clear()
+        whole = {f"L['arguments'][{i}]": i for i, a in enumerate(arguments) if isinstance(a, Tensor)}
+        changing = [(at, whole[place]) for at, place in enumerate(version.places) if place in whole]
+        self._ready[shapes] = version.call, version.inputs(known), changing
 
 
 def _inputs_of(places: Sequence[str], known: dict[str, Any]) -> Callable[[dict[str, Any]], list[Any]]:

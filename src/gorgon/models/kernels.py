@@ -45,12 +45,17 @@ def load_kernels() -> None:
     library = str(build_library("kernels", SOURCES, [HEADER]))
     ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # generated code finds its doors among the process's symbols
     torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    torch.library.register_fake("gorgon::panel_linear", _products)
+    torch.library.register_fake("gorgon::panel_linear", _product)
+    torch.library.register_fake("gorgon::panel_products", _products)
     torch.library.register_fake("gorgon::tree_attention", _attended)
 
 
-def _products(x: Tensor, _panels: Tensor, _bias: Tensor | None, outputs: int) -> Tensor:
+def _product(x: Tensor, _panels: Tensor, _bias: Tensor | None, outputs: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
+
+
+def _products(x_KRI: Tensor, _panels: Tensor, bias_KO: Tensor) -> Tensor:
+    return x_KRI.new_empty(*x_KRI.shape[:-1], bias_KO.shape[1])
 
 
 def _attended(queries_BHND: Tensor, _keys: Tensor, values_BGSD: Tensor, _spans: Tensor, _scale: float) -> Tensor:
@@ -73,6 +78,10 @@ DOORS = Doors({
     "gorgon.panel_linear.default": [
         "AOTITorchError aoti_torch_cpu_panel_linear("
         "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, int64_t, AtenTensorHandle*)"
+    ],
+    "gorgon.panel_products.default": [
+        "AOTITorchError aoti_torch_cpu_panel_products("
+        "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*)"
     ],
     "gorgon.tree_attention.default": [
         "AOTITorchError aoti_torch_cpu_tree_attention("

@@ -125,22 +125,42 @@ void multiply_panels(const Product& p, int64_t begin, int64_t end) {
   }
 }
 
-// [outputs, inputs] to [ceil(outputs / WIDTH), inputs, WIDTH], filled up with zeros.
+// Products of `count` weights, each with rows of its own; `first` is the first of them.
+void multiply_all(const Product& first, int64_t count) {
+  const int64_t panels = (first.outputs + WIDTH - 1) / WIDTH;
+  torch::stable::parallel_for(0, count * panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin / panels; k * panels < end; ++k) {
+      Product p = first;
+      p.x += k * p.rows * p.inputs, p.y += k * p.rows * p.outputs, p.panels += k * panels * p.inputs * WIDTH;
+      if (p.bias) p.bias += k * p.outputs;
+      multiply_panels(p, std::max<int64_t>(begin - k * panels, 0), std::min(end - k * panels, panels));
+    }
+  });
+}
+
+// [..., outputs, inputs] to [..., ceil(outputs / WIDTH), inputs, WIDTH], filled up with zeros.
 Tensor pack_panels(const Tensor& weight) {
-  STD_TORCH_CHECK(weight.dim() == 2 && is_plain(weight), "weight: a contiguous float32 matrix on the CPU");
-  const int64_t outputs = weight.size(0), inputs = weight.size(1), count = (outputs + WIDTH - 1) / WIDTH;
-  Tensor panels = torch::stable::new_empty(weight, {count, inputs, WIDTH});
+  const int64_t last = weight.dim() - 1;
+  STD_TORCH_CHECK(
+      1 <= last && last + 1 < MOST_DIMS && is_plain(weight), "weight: contiguous float32 matrices on the CPU");
+  const int64_t outputs = weight.size(last - 1), inputs = weight.size(last), panels = (outputs + WIDTH - 1) / WIDTH;
+  STD_TORCH_CHECK(outputs > 0 && inputs > 0, "weight: not empty");
+  int64_t sizes[MOST_DIMS];
+  for (int64_t d = 0; d < last - 1; ++d) sizes[d] = weight.size(d);
+  sizes[last - 1] = panels, sizes[last] = inputs, sizes[last + 1] = WIDTH;
+  const Tensor packed = empty(sizes, last + 2);
   const float* const from = data_of(weight);
-  float* const to = data_of(panels);
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel)
+  float* const to = data_of(packed);
+  torch::stable::parallel_for(0, weight.numel() / (outputs * inputs) * panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit)
       for (int64_t k = 0; k < inputs; ++k)
         for (int64_t lane = 0; lane < WIDTH; ++lane) {
-          const int64_t output = panel * WIDTH + lane;
-          to[(panel * inputs + k) * WIDTH + lane] = output < outputs ? from[output * inputs + k] : 0.0f;
+          const int64_t output = unit % panels * WIDTH + lane;
+          const float* const matrix = from + unit / panels * outputs * inputs;
+          to[(unit * inputs + k) * WIDTH + lane] = output < outputs ? matrix[output * inputs + k] : 0.0f;
         }
   });
-  return panels;
+  return packed;
 }
 
 // [..., inputs] to [..., outputs].
@@ -155,16 +175,30 @@ Tensor panel_linear(const Tensor& given, const Tensor& panels, const std::option
   STD_TORCH_CHECK(last < MOST_DIMS, "x: too many dimensions");
   for (int64_t d = 0; d <= last; ++d) sizes[d] = d == last ? outputs : x.size(d);
   const Tensor y = empty(sizes, last + 1);
-  const Product product{
-      data_of(x), data_of(panels), bias ? data_of(*bias) : nullptr, data_of(y), x.numel() / inputs, inputs, outputs};
-  torch::stable::parallel_for(
-      0, panels.size(0), 1, [&](int64_t begin, int64_t end) { multiply_panels(product, begin, end); });
+  const float* const added = bias ? data_of(*bias) : nullptr;
+  multiply_all({data_of(x), data_of(panels), added, data_of(y), x.numel() / inputs, inputs, outputs}, 1);
+  return y;
+}
+
+// Rows [K, rows, inputs], panels of K weights and biases [K, outputs] to [K, rows, outputs].
+Tensor panel_products(const Tensor& given, const Tensor& panels, const Tensor& bias) {
+  const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
+  STD_TORCH_CHECK(panels.dim() == 4 && panels.size(3) == WIDTH && is_plain(panels), "panels: as pack_panels makes them");
+  const int64_t count = panels.size(0), inputs = panels.size(2);
+  STD_TORCH_CHECK(bias.dim() == 2 && bias.size(0) == count && is_plain(bias), "bias: float32, one row for each weight");
+  const int64_t outputs = bias.size(1);
+  STD_TORCH_CHECK(panels.size(1) == (outputs + WIDTH - 1) / WIDTH, "bias: as many as the packed weights have outputs");
+  STD_TORCH_CHECK(
+      x.dim() == 3 && x.size(0) == count && x.size(2) == inputs && is_plain(x), "x: float32, rows for each weight");
+  const int64_t rows = x.size(1), sizes[] = {count, rows, outputs};
+  const Tensor y = empty(sizes, 3);
+  multiply_all({data_of(x), data_of(panels), data_of(bias), data_of(y), rows, inputs, outputs}, count);
   return y;
 }
 
 }  // namespace
 
-// The door for code that torch generates: without looking the operation up by its name at every call.
+// The doors for code that torch generates: without looking the operations up by their names at every call.
 extern "C" AOTITorchError aoti_torch_cpu_panel_linear(
     AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle* bias, int64_t outputs, AtenTensorHandle* result) {
   return through_door(result, [&] {
@@ -173,12 +207,19 @@ extern "C" AOTITorchError aoti_torch_cpu_panel_linear(
   });
 }
 
+extern "C" AOTITorchError aoti_torch_cpu_panel_products(
+    AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle bias, AtenTensorHandle* result) {
+  return through_door(result, [&] { return panel_products(borrowed(x), borrowed(panels), borrowed(bias)); });
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(gorgon, library) {
   library.def("pack_panels(Tensor weight) -> Tensor");
   library.def("panel_linear(Tensor x, Tensor panels, Tensor? bias, int outputs) -> Tensor");
+  library.def("panel_products(Tensor x, Tensor panels, Tensor bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gorgon, CPU, library) {
   library.impl("pack_panels", TORCH_BOX(&pack_panels));
   library.impl("panel_linear", TORCH_BOX(&panel_linear));
+  library.impl("panel_products", TORCH_BOX(&panel_products));
 }

@@ -1,14 +1,17 @@
-"""Linear layers whose weight lies in panels, multiplied by our own kernel: a few rows cost little more than one.
+"""Weights that lie in panels, multiplied by our own kernel: a few rows cost little more than one.
 
 The kernel is panels.cpp, which says how it works.
-Shapes: I inputs, O outputs.
+Shapes: K weights, R rows, I inputs, O outputs; P panels of W outputs each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from gorgon.core.heads import Layer
 from gorgon.models.kernels import load_kernels
 
 
@@ -27,3 +30,20 @@ class PanelLinear(nn.Module):
         """[..., I] to [..., O]."""
         result: Tensor = torch.ops.gorgon.panel_linear(x, self.panels, self.bias, self.out_features)
         return result
+
+
+def in_panels(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """The layers of packed heads, [K, I, O] and [K, O], with weights [K, P, I, W] for `panel_products`.
+
+    Raises: MissingDependencyError when the kernel cannot be built.
+    """
+    load_kernels()
+    return tuple(
+        (torch.ops.gorgon.pack_panels(w_KIO.transpose(1, 2).contiguous()), bias_KO) for w_KIO, bias_KO in layers
+    )
+
+
+def panel_products(x_KRI: Tensor, panels_KPIW: Tensor, bias_KO: Tensor) -> Tensor:
+    """Each weight's product with its own rows, [K, R, O]."""
+    result: Tensor = torch.ops.gorgon.panel_products(x_KRI, panels_KPIW, bias_KO)
+    return result
