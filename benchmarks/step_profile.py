@@ -24,12 +24,11 @@ import torch
 
 from gorgon.artifacts import provenance, write_json
 from gorgon.core.draft import Draft
-from gorgon.core.heads import PackedHeads
 from gorgon.decode.dynamic import DynamicDrafter
 from gorgon.decode.inputs import DraftBatch, Inputs
 from gorgon.decode.load import engine_on, read_drafters
 from gorgon.decode.ngrams import NgramIndex
-from gorgon.decode.step import HeadChoices, Stepper
+from gorgon.decode.step import HeadChoices, Stepper, packed_heads
 from gorgon.models.backbone import load_backbone
 from gorgon.models.cache import TreeCache
 from gorgon.models.directory import base_model, read_phrasebook, read_tree_file
@@ -65,7 +64,9 @@ def profile(model: Path, mode: Any, device: str) -> dict[str, dict[str, float]]:
     assert engine.heads is not None
     count, width = max(1, engine.drafter(1).heads), max(1, engine.drafter(1).width)
     bare = Stepper(backbone, None, 0, None)
-    full = Stepper(backbone, PackedHeads(engine.heads, count, engine.vocabulary_U), width, engine.vocabulary_U)
+    full = Stepper(
+        backbone, packed_heads(backbone, engine.heads, count, engine.vocabulary_U), width, engine.vocabulary_U
+    )
     cache = TreeCache(int(backbone.text_config.num_hidden_layers), 1, CONTEXT + 128)
     prompt = [5 + i % (backbone.vocab_size - 5) for i in range(CONTEXT)]
     bare.prompt(cache, prompt, 0)

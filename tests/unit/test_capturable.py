@@ -72,7 +72,7 @@ def run(backbone, drafts, *, heads=0, sampled=False):
     lengths_B = torch.zeros(len(drafts), dtype=torch.int64, device=META)
     packed = None
     if heads:
-        packed = PackedHeads(MedusaHeads(heads, 1, backbone.hidden_size, VOCAB).to(META, torch.bfloat16), heads)
+        packed = PackedHeads.of(MedusaHeads(heads, 1, backbone.hidden_size, VOCAB).to(META, torch.bfloat16), heads)
     choices = torch.zeros(len(drafts), 6, dtype=torch.int64, device=META) if sampled else None
     reads = Stepper(backbone, packed, 3, None)._reads
     with torch.inference_mode(), NoHostValues(), Capturable() as mode:

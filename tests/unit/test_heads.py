@@ -38,7 +38,7 @@ def test_packed_heads_equal_the_modules(layers, count):
     heads.requires_grad_(False)
     for batch in (1, 3):
         hidden = torch.randn(batch, 8)
-        torch.testing.assert_close(read_heads(hidden, PackedHeads(heads, count).layers), heads(hidden)[:count])
+        torch.testing.assert_close(read_heads(hidden, PackedHeads.of(heads, count).layers), heads(hidden)[:count])
 
 
 def test_wrong_sizes_are_refused():
@@ -47,4 +47,4 @@ def test_wrong_sizes_are_refused():
     with pytest.raises(ShapeError, match="at least 1"):
         MedusaHeads(0, 1, 4, 5)
     with pytest.raises(ShapeError, match="deeper"):
-        PackedHeads(MedusaHeads(2, 1, 4, 5), 3)
+        PackedHeads.of(MedusaHeads(2, 1, 4, 5), 3)

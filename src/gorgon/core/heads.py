@@ -91,7 +91,11 @@ class PackedHeads:
         biases are zero; none where no heads are read.
     """
 
-    def __init__(self, heads: MedusaHeads, count: int, vocabulary_U: Tensor | None = None) -> None:
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = tuple(layers)
+
+    @classmethod
+    def of(cls, heads: MedusaHeads, count: int, vocabulary_U: Tensor | None = None) -> PackedHeads:
         """Args:
         count: K', how many heads are read.
         vocabulary_U: int64, the tokens that may be drafted; None is all of them. The projection onto the others is
@@ -100,25 +104,23 @@ class PackedHeads:
         if not 0 <= count <= len(heads):
             raise ShapeError("the tree is deeper than there are heads", field="heads", value=count,
                              allowed=f"0 to {len(heads)}")  # fmt: skip
-        self.layers: tuple[Layer, ...] = ()
         if not count:
-            return
+            return cls(())
         chosen = [cast(nn.Sequential, heads[k]) for k in range(count)]
-        blocks = [[cast(ResBlock, head[j]).linear for head in chosen] for j in range(heads.num_layers)]
+        layers = []
+        for j in range(heads.num_layers):
+            blocks = [cast(ResBlock, head[j]).linear for head in chosen]
+            weight_KOI = torch.stack([block.weight.detach() for block in blocks])
+            layers.append((weight_KOI.transpose(1, 2), torch.stack([block.bias.detach() for block in blocks])))
         weights = [cast(Tensor, head[-1].weight).detach() for head in chosen]
         if vocabulary_U is not None:
             weights = [weight_VH[vocabulary_U] for weight_VH in weights]
         projection_KHU = torch.stack(weights).transpose(1, 2)
-        self.layers = (
-            *(
-                (
-                    torch.stack([linear.weight.detach() for linear in block]).transpose(1, 2),
-                    torch.stack([linear.bias.detach() for linear in block]),
-                )
-                for block in blocks
-            ),
-            (projection_KHU, projection_KHU.new_zeros(count, projection_KHU.shape[2])),
-        )
+        return cls((*layers, (projection_KHU, projection_KHU.new_zeros(count, projection_KHU.shape[2]))))
+
+    def first(self, count: int) -> PackedHeads:
+        """The first `count` of them, with the same weights."""
+        return PackedHeads([(weight[:count], bias[:count]) for weight, bias in self.layers] if count else ())
 
 
 def batched_products(x_KBI: Tensor, weight_KIO: Tensor, bias_KO: Tensor) -> Tensor:

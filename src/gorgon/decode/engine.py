@@ -13,7 +13,7 @@ from gorgon.core.tree import DraftTree
 from gorgon.decode.drafts import Drafter, StaticDrafter
 from gorgon.decode.request import Generation, Request
 from gorgon.decode.slots import Slots
-from gorgon.decode.step import Stepper
+from gorgon.decode.step import Stepper, packed_heads
 from gorgon.errors import ModelError
 from gorgon.models.backbone import Backbone
 
@@ -56,7 +56,7 @@ class Engine:
                 raise ModelError("a rank of the tree exceeds the vocabulary", field="tree", value=drafter.width - 1,
                                  allowed=f"0 to {size - 1}")  # fmt: skip
         self._chosen: dict[int, Drafter] = {}
-        self._steppers: dict[bool, Stepper] = {}
+        self._steppers: dict[tuple[int, int], Stepper] = {}
         self._single: Slots | None = None
 
     def with_drafter(self, drafters: Drafter | Mapping[int, Drafter]) -> Engine:
@@ -94,23 +94,26 @@ class Engine:
         return self._chosen[batch]
 
     def stepper(self, batch: int) -> Stepper:
-        """The step functions for that drafter: they read the heads for all drafters alike, or none if it needs none."""
-        return self._stepper(reads=self.drafter(batch).heads > 0)
+        """The step functions for that drafter, which read the heads that it needs."""
+        drafter = self.drafter(batch)
+        return self._stepper(drafter.heads, drafter.width)
 
     @cached_property
     def prompt_stepper(self) -> Stepper:
         """The step functions for prompts: they read the heads for whatever drafter comes next."""
-        return self._stepper(reads=any(d.heads > 0 for d in self.drafters.values()))
+        drafters = self.drafters.values()
+        return self._stepper(max(d.heads for d in drafters), max(d.width for d in drafters))
 
-    def _stepper(self, *, reads: bool) -> Stepper:
-        if reads not in self._steppers:
-            heads, width = None, 0
-            if self.heads is not None and reads:
-                most = max(d.heads for d in self.drafters.values())
-                heads = PackedHeads(self.heads, most, self.vocabulary_U)
-                width = max(d.width for d in self.drafters.values())
-            self._steppers[reads] = Stepper(self.backbone, heads, width, self.vocabulary_U)
-        return self._steppers[reads]
+    def _stepper(self, count: int, width: int) -> Stepper:
+        if (count, width) not in self._steppers:
+            heads = None if self._packed is None or not count else self._packed.first(count)
+            self._steppers[count, width] = Stepper(self.backbone, heads, width, self.vocabulary_U)
+        return self._steppers[count, width]
+
+    @cached_property
+    def _packed(self) -> PackedHeads | None:
+        most = max(d.heads for d in self.drafters.values())
+        return packed_heads(self.backbone, self.heads, most, self.vocabulary_U) if self.heads is not None else None
 
     def visible(self, needed: int, capacity: int) -> int:
         """Cache rows that a step is given: what it needs, in large units where steps are captured by shape.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gorgon.core.accept import accept, ancestors
 from gorgon.core.draft import Draft
-from gorgon.core.heads import Layer, PackedHeads, batched_products, read_heads
+from gorgon.core.heads import Layer, MedusaHeads, PackedHeads, batched_products, read_heads
 from gorgon.decode.inputs import DraftBatch, Inputs
 from gorgon.models.backbone import Backbone
 from gorgon.models.cache import TreeCache
@@ -68,6 +68,15 @@ class Functions:
     prompt: BoundFunction
 
 
+def packed_heads(backbone: Backbone, heads: MedusaHeads, count: int, vocabulary_U: Tensor | None) -> PackedHeads:
+    """The first `count` heads as this backbone's steps read them fastest.
+
+    Raises: ShapeError when there are fewer.
+    """
+    packed = PackedHeads.of(heads, count, vocabulary_U)
+    return in_panels(packed) if backbone.kernels else packed
+
+
 class Stepper:
     """The functions of a step on one backbone, run as `Backbone.run_steps` says.
 
@@ -80,9 +89,7 @@ class Stepper:
 
     def __init__(self, backbone: Backbone, heads: PackedHeads | None, width: int, vocabulary_U: Tensor | None) -> None:
         self.backbone = backbone
-        self._reads: Reads | None = None
-        if heads is not None:
-            self._reads = in_panels(heads.layers) if backbone.kernels else heads.layers, width, vocabulary_U
+        self._reads: Reads | None = None if heads is None else (heads.layers, width, vocabulary_U)
         self._end = Inputs(backbone.device).drafts([Draft([0])])  # of a prompt: a tree without drafts
         self._by_cache: WeakKeyDictionary[TreeCache, Functions] = WeakKeyDictionary()
 
@@ -259,7 +266,7 @@ def _settle(
     ]
     if reads is not None:
         layers, width, vocabulary_U = reads
-        multiply = panel_products if backbone.kernels else batched_products
+        multiply = panel_products if layers[-1][0].dim() == 4 else batched_products
         logits_KBU = read_heads(hidden_BNH[rows_B, best_B], layers, multiply)
         top_KBR = logits_KBU.topk(width, dim=-1)
         found_KBR = top_KBR.indices if vocabulary_U is None else vocabulary_U[top_KBR.indices]

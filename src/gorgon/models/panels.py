@@ -6,12 +6,10 @@ Shapes: K weights, R rows, I inputs, O outputs; P panels of W outputs each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from gorgon.core.heads import Layer
+from gorgon.core.heads import PackedHeads
 from gorgon.models.kernels import load_kernels
 
 
@@ -32,14 +30,15 @@ class PanelLinear(nn.Module):
         return result
 
 
-def in_panels(layers: Sequence[Layer]) -> tuple[Layer, ...]:
-    """The layers of packed heads, [K, I, O] and [K, O], with weights [K, P, I, W] for `panel_products`.
+def in_panels(heads: PackedHeads) -> PackedHeads:
+    """The heads with weights [K, P, I, W], for `panel_products`.
 
     Raises: MissingDependencyError when the kernel cannot be built.
     """
     load_kernels()
-    return tuple(
-        (torch.ops.gorgon.pack_panels(w_KIO.transpose(1, 2).contiguous()), bias_KO) for w_KIO, bias_KO in layers
+    pack = torch.ops.gorgon.pack_panels
+    return PackedHeads(
+        [(pack(weight_KIO.transpose(1, 2).contiguous()), bias_KO) for weight_KIO, bias_KO in heads.layers]
     )
 
 
