@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gorgon.models import direct as direct_module
 from gorgon.models.direct import DirectCalls
 from gorgon.models.toolchain import cpp_compiler
 
@@ -69,3 +70,46 @@ def test_what_is_no_single_piece_is_left_to_torch(function):
             for one, other in zip(direct(x, 3), function(x, 3), strict=True):
                 torch.testing.assert_close(one, other)
     assert not direct._versions
+
+
+def test_bound_calls_ask_torch_once_for_every_shape():
+    weight = torch.arange(12.0).view(3, 4)
+
+    def function(*arguments):
+        x_NI, rows, buffer_M, pair = arguments
+        buffer_M[:rows] += 1
+        return x_NI @ weight * rows, pair[0] + pair[1]
+
+    pair, buffer_M = (torch.ones(2), torch.full((2,), 2.0)), torch.zeros(9)
+    direct, asked = DirectCalls(function, OPTIONS, every), []
+    bound, version = direct.bind(buffer_M, pair), direct.version
+    direct.version = lambda known: (asked.append(len(known["arguments"][0])), version(known))[1]
+    with torch.inference_mode():
+        for turn in range(3):
+            for rows in (5, 7, 1):
+                buffer_M.zero_()
+                x_NI = torch.randn(rows, 3)
+                product, total = bound(x_NI, rows)
+                torch.testing.assert_close(product, x_NI @ weight * rows)
+                assert total.tolist() == [3.0, 3.0] and buffer_M.tolist() == [1.0] * rows + [0.0] * (9 - rows)
+            if turn == 1:
+                asked.clear()
+        assert not asked, "all shapes are known"
+        x_NI = torch.randn(3, 5).t()
+        torch.testing.assert_close(bound(x_NI, 5)[0], x_NI @ weight * 5)
+        assert asked, "other strides are another shape"
+        with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="reduction dim"):
+            bound(torch.randn(5, 2), 5)
+        other_M = torch.zeros(9)
+        torch.testing.assert_close(direct.bind(other_M, pair)(x_NI, 5)[0], x_NI @ weight * 5)
+        assert other_M.tolist() == [1.0] * 5 + [0.0] * 4, "other fixed arguments are other inputs"
+
+
+def test_many_shapes_are_forgotten(monkeypatch):
+    monkeypatch.setattr(direct_module, "MOST_SHAPES", 2)
+    bound = DirectCalls(lambda *arguments: (arguments[0] + 1,), OPTIONS, every).bind()
+    with torch.inference_mode():
+        for size in (2, 3, 4, 5, 2, 3):
+            for _ in range(2):
+                assert bound(torch.zeros(size))[0].tolist() == [1.0] * size
+    assert len(bound._ready) <= 2

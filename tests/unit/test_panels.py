@@ -1,19 +1,16 @@
 """The kernel for products of a few rows: right for every shape, and the same bits for any number of rows."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gorgon.errors import MissingDependencyError
-from gorgon.models import panels, toolchain
+from gorgon.core.heads import MedusaHeads, PackedHeads, read_heads
 from gorgon.models.direct import DirectCalls
-from gorgon.models.panels import DOORS, PanelLinear, load_kernel
-from gorgon.models.toolchain import build_library, cpp_compiler
+from gorgon.models.kernels import DOORS, load_kernels
+from gorgon.models.panels import PanelLinear, in_panels, panel_products
+from gorgon.models.toolchain import cpp_compiler
 
 pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")
 
@@ -99,57 +96,54 @@ def test_what_does_not_fit_is_refused(x, outputs, bias):
 
 
 def test_a_weight_that_is_no_float32_matrix_is_refused():
-    load_kernel()
-    for weight in (torch.zeros(4), torch.zeros(4, 4, dtype=torch.bfloat16), torch.zeros(4, 8).t()):
+    load_kernels()
+    for weight in (torch.zeros(4), torch.zeros(4, 4, dtype=torch.bfloat16), torch.zeros(4, 8).t(), torch.zeros(0, 4)):
         with pytest.raises(RuntimeError):
             torch.ops.gorgon.pack_panels(weight)
 
 
-def test_a_library_is_built_once_and_anew_for_another_source(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    source = tmp_path / "probe.cpp"
-    source.write_text('extern "C" int probe() { return 1; }')
-    first = build_library(source)
-    made = first.stat().st_mtime_ns
-    assert build_library(source) == first and first.stat().st_mtime_ns == made
-    source.write_text('extern "C" int probe() { return 2; }')
-    assert build_library(source) != first
-    assert [p.suffix for p in first.parent.iterdir()] == [".so", ".so"], "nothing half-made is left"
+@given(
+    count=st.integers(1, 5), rows=st.integers(1, 20), inputs=st.integers(1, 300), outputs=st.integers(1, 100)
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_several_weights_at_once_are_each_as_alone(count, rows, inputs, outputs):
+    load_kernels()
+    torch.manual_seed(count + rows)
+    weight, bias, x = torch.randn(count, outputs, inputs), torch.randn(count, outputs), torch.randn(count, rows, inputs)
+    pack = torch.ops.gorgon.pack_panels
+    found = panel_products(x, pack(weight), bias)
+    alone = [torch.ops.gorgon.panel_linear(x[k], pack(weight[k]), bias[k], outputs) for k in range(count)]
+    assert torch.equal(found, torch.stack(alone))
+    torch.testing.assert_close(found, x @ weight.mT + bias[:, None], rtol=1e-4, atol=1e-4)
 
 
-def test_a_source_that_does_not_compile_is_an_error_that_says_why(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    source = tmp_path / "broken.cpp"
-    source.write_text("int broken( {")
-    with pytest.raises(MissingDependencyError, match=r"broken\.cpp"):
-        build_library(source)
-    assert not list((tmp_path / "gorgon").iterdir())
+@pytest.mark.parametrize("vocabulary", [None, torch.tensor([3, 5, 64])])
+def test_heads_in_panels_say_the_same(vocabulary):
+    torch.manual_seed(0)
+    heads, hidden = MedusaHeads(4, 2, 48, 70).requires_grad_(False), torch.randn(3, 48)
+    for parameter in heads.parameters():
+        parameter.normal_()
+    packed = PackedHeads.of(heads, 4, vocabulary)
+    for count in (1, 3, 4):
+        some = in_panels(packed).first(count)
+        found = read_heads(hidden, some.layers, panel_products)
+        torch.testing.assert_close(found, read_heads(hidden, packed.layers)[:count], rtol=1e-4, atol=1e-3)
+        assert some.layers[0][0].data_ptr() == some.first(1).layers[0][0].data_ptr(), "weights are not copied"
+    assert not packed.first(0).layers
 
 
-def test_without_a_working_compiler_a_warning_says_so_and_steps_go_on(monkeypatch, caplog):
-    def fails(source):
-        raise MissingDependencyError("the C++ compiler failed: no such header")
-
-    panels.panels_work.cache_clear()
-    panels.load_kernel.cache_clear()
-    monkeypatch.setattr(panels, "build_library", fails)
-    try:
-        assert panels.panels_work() is False
-        assert "no such header" in caplog.text
-    finally:
-        panels.panels_work.cache_clear()
-        panels.load_kernel.cache_clear()
-    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
-    assert cpp_compiler() is None
-
-
-def test_processes_that_build_at_the_same_time_do_not_disturb_each_other(tmp_path):
-    code = "import torch; from gorgon.models import panels; panels.load_kernel(); print(torch.ops.gorgon.panel_linear)"
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    running = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    for process in running:
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 0 and "panel_linear" in said
+@pytest.mark.parametrize(
+    ("x", "bias"),
+    [
+        (torch.zeros(3, 2, 96), torch.zeros(2, 40)),
+        (torch.zeros(2, 2, 95), torch.zeros(2, 40)),
+        (torch.zeros(2, 96), torch.zeros(2, 40)),
+        (torch.zeros(2, 2, 96), torch.zeros(2, 400)),
+        (torch.zeros(2, 2, 96), torch.zeros(80)),
+    ],
+)
+def test_several_weights_refuse_what_does_not_fit(x, bias):
+    load_kernels()
+    panels = torch.ops.gorgon.pack_panels(torch.zeros(2, 40, 96))
+    with pytest.raises(RuntimeError):
+        panel_products(x, panels, bias)

@@ -9,7 +9,8 @@ taken to stay the same: the function is one of a frozen model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -17,26 +18,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-Call = Callable[..., Sequence[Tensor]]
+Code = Callable[[list[Any]], Sequence[Tensor]]
 
 
-@dataclass(eq=False)
-class _Made:
-    """What the compiler made in one call of the function."""
+@dataclass(frozen=True)
+class _Run:
+    """Generated code that has run: itself, what it was given, and what it returned."""
 
-    inputs: list[str]
-    call: Call
-    outputs: Sequence[Tensor] = ()
+    code: Code
+    inputs: list[Any]
+    outputs: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class _Version:
-    """Generated code: whether it holds for given arguments, what it is given of them, and itself."""
+    """Generated code: whether it holds for given arguments, what it is given of them, by place, and itself."""
 
     holds: Callable[[dict[str, Any]], bool]
     inputs: Callable[[dict[str, Any]], list[Any]]
     places: Sequence[str]
-    call: Call
+    code: Code
 
 
 class DirectCalls:
@@ -51,7 +52,8 @@ class DirectCalls:
         options: of inductor, `cpp_wrapper` among them.
         conditions: torch's `guard_filter_fn`.
         """
-        self._code, self._options, self._made = function.__code__, options, list[_Made]()
+        self._code, self._options = function.__code__, options
+        self._compiling: list[list[str]] = []  # by graph that one call had compiled, where its inputs are
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         self._free = {name: cell.cell_contents for name, cell in cells}
         self._versions: list[_Version] = []
@@ -64,12 +66,12 @@ class DirectCalls:
         known = {**self._free, "arguments": arguments}
         version = self.version(known)
         if version is not None:
-            return tuple(version.call(*version.inputs(known)))
-        made = self._made = list[_Made]()  # anew, for a call that failed may have left something
-        result: tuple[Tensor, ...] = self._compiled(*arguments)
-        self._made = []
-        if len(made) == 1:  # else torch has cut the function in pieces, or has compiled nothing
-            self._keep(made[0], known, result)
+            return tuple(version.code(version.inputs(known)))
+        compiled = self._compiling = list[list[str]]()  # anew, for a call that failed may have left something
+        with _watching() as runs:
+            result: tuple[Tensor, ...] = self._compiled(*arguments)
+        if len(compiled) == 1:  # else torch has cut the function in pieces, or has compiled nothing
+            self._keep(compiled[0], runs, known, result)
         return result
 
     def bind(self, *fixed: Any) -> BoundCalls:
@@ -85,34 +87,55 @@ class DirectCalls:
                 return version
         return None
 
-    def _generate(self, graph: Any, examples: Sequence[Any]) -> Call:
-        """The backend: inductor's code, and where in the function's arguments its inputs are."""
+    def _generate(self, graph: Any, examples: Sequence[Any]) -> Any:
+        """The backend: inductor's; where in the function's arguments its inputs are is written down."""
         from torch._inductor.compile_fx import compile_fx
 
-        places = [node.meta["grapharg"].source.name for node in graph.graph.find_nodes(op="placeholder")]
-        made = _Made(places, cast(Call, compile_fx(graph, list(examples), config_patches=self._options)))
-        self._made.append(made)
+        self._compiling.append([node.meta["grapharg"].source.name for node in graph.graph.find_nodes(op="placeholder")])
+        return compile_fx(graph, list(examples), config_patches=self._options)
 
-        def call(*inputs: Any) -> Sequence[Tensor]:
-            outputs = made.call(*inputs)
-            if made in self._made:
-                made.outputs = outputs
-            return outputs
-
-        return call
-
-    def _keep(self, made: _Made, known: dict[str, Any], result: tuple[Tensor, ...]) -> None:
-        """Remembers a version whose outputs are the function's result and whose inputs hang from what it is given."""
+    def _keep(
+        self, places: Sequence[str], runs: Sequence[_Run], known: dict[str, Any], result: Sequence[Tensor]
+    ) -> None:
+        """Remembers code that was given what is at those places, and whose outputs are the function's result."""
         from torch._dynamo import eval_frame
 
-        same = len(made.outputs) == len(result) and all(a is b for a, b in zip(made.outputs, result, strict=True))
-        if not same or not all(place.startswith("L[") for place in made.inputs):
+        if not all(place.startswith("L[") for place in places):
             return
+        given = [eval(place, {"L": known}) for place in places]  # noqa: S307 - torch's own names of the inputs
+        run = next((r for r in runs if _same(r.outputs, result) and _same(r.inputs, given)), None)
         list_entries = getattr(eval_frame, "_debug_get_cache_entry_list", None)  # torch promises nothing of the kind
         entries = [] if list_entries is None else list_entries(self._code)
         holds = next((e.guard_manager.check for e in entries if e.guard_manager.check(known)), None)
-        if holds is not None:
-            self._versions.append(_Version(holds, _inputs_of(made.inputs, known), made.inputs, made.call))
+        if run is not None and holds is not None:
+            self._versions.append(_Version(holds, _inputs_of(places, known), places, run.code))
+
+
+@contextlib.contextmanager
+def _watching() -> Iterator[list[_Run]]:
+    """Lists the generated code that runs meanwhile: below it torch has nothing more to do, above it much."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    original, runs = CompiledFxGraph.__call__, list[_Run]()
+
+    def call(graph: CompiledFxGraph, inputs: Sequence[Any]) -> Any:
+        given = list(inputs)
+        outputs = original(graph, inputs)
+        runs.append(_Run(cast(Code, graph.current_callable), given, outputs))
+        return outputs
+
+    CompiledFxGraph.__call__ = call  # type: ignore[method-assign, assignment]
+    try:
+        yield runs
+    finally:
+        CompiledFxGraph.__call__ = original  # type: ignore[method-assign]
+
+
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """The same objects, or equal numbers, in the same order."""
+    return len(some) == len(others) and all(
+        a is b or (type(a) is type(b) is int and a == b) for a, b in zip(some, others, strict=True)
+    )
 
 
 MOST_SHAPES = 4096
@@ -128,7 +151,7 @@ class BoundCalls:
 
     def __init__(self, calls: DirectCalls, free: Mapping[str, Any], fixed: Sequence[Any]) -> None:
         self._calls, self._free, self._fixed = calls, free, fixed
-        self._ready: dict[tuple[Any, ...], tuple[Call, list[Any], list[tuple[int, int]]]] = {}
+        self._ready: dict[tuple[Any, ...], tuple[Code, list[Any], list[tuple[int, int]]]] = {}
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
         """Args: arguments: tensors without gradients, and numbers.
@@ -139,11 +162,11 @@ class BoundCalls:
         if ready is None:
             self._prepare(shapes, arguments)
             return self._calls(*arguments, *self._fixed)
-        call, inputs, changing = ready
+        code, inputs, changing = ready
         inputs = inputs.copy()
         for at, place in changing:
             inputs[at] = arguments[place]
-        return tuple(call(*inputs))
+        return tuple(code(inputs))
 
     def _prepare(self, shapes: tuple[Any, ...], arguments: Sequence[Any]) -> None:
         """Remembers the shape's version and its inputs, if there is one already."""
@@ -155,7 +178,7 @@ class BoundCalls:
             self._ready.clear()
         whole = {f"L['arguments'][{i}]": i for i, a in enumerate(arguments) if isinstance(a, Tensor)}
         changing = [(at, whole[place]) for at, place in enumerate(version.places) if place in whole]
-        self._ready[shapes] = version.call, version.inputs(known), changing
+        self._ready[shapes] = version.code, version.inputs(known), changing
 
 
 def _inputs_of(places: Sequence[str], known: dict[str, Any]) -> Callable[[dict[str, Any]], list[Any]]:
