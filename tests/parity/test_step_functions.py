@@ -7,6 +7,8 @@ import torch
 
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.engine import Engine
+from gorgon.errors import ModelError
+from gorgon.models import backbone as backbone_module
 from gorgon.models import compiler, linear
 from gorgon.models.panels import PanelLinear
 from gorgon.models.toolchain import cpp_compiler
@@ -54,6 +56,25 @@ def test_all_weights_lie_in_panels_where_there_is_a_compiler():
     linear.lay_out_linear_weights(backbone.model)
     kinds = [type(m) for m in backbone.model.modules() if isinstance(m, torch.nn.Linear | PanelLinear)]
     assert kinds == [PanelLinear] * 22
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma3"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_nodes_look_at_spans_unless_the_model_needs_more(family, fits, monkeypatch):
+    def refuses(backbone):
+        raise ModelError("gives other results")
+
+    if not fits:
+        monkeypatch.setattr(backbone_module, "refuse_other_results", refuses)
+    backbone, asked = backbone_of(family, own=True), prompts()[2]
+    expected = reference(backbone, asked, 30)
+    backbone.run_steps("eager")
+    assert backbone.kernels and backbone.spans == fits
+    assert backbone.model.config._attn_implementation == ("gorgon" if fits else "sdpa")
+    for name in ("plain", "bushy"):
+        engine = oracle_engine(backbone, TREES[name], [asked], 30)
+        assert engine.answer(asked, max_new_tokens=30).token_ids == expected
 
 
 @pytest.mark.parametrize("mode", ["eager", "recorded"])

@@ -9,7 +9,7 @@ from torch import nn
 from gorgon.core.heads import MedusaHeads, PackedHeads, read_heads
 from gorgon.models.direct import DirectCalls
 from gorgon.models.kernels import DOORS, load_kernels
-from gorgon.models.panels import PanelLinear, in_panels, panel_products
+from gorgon.models.panels import PanelLinear, in_panels, join_products, panel_products, panels_size
 from gorgon.models.toolchain import cpp_compiler
 
 pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")
@@ -18,7 +18,14 @@ pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler"
 def layers(inputs: int, outputs: int, bias: bool) -> tuple[nn.Linear, PanelLinear]:
     torch.manual_seed(inputs + outputs)
     layer = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
-    return layer, PanelLinear(layer)
+    return layer, in_a_block(layer)[0]
+
+
+def in_a_block(*alike, before=3):
+    """The layers in a block of theirs, behind a gap."""
+    sizes = [panels_size(layer.out_features, layer.in_features) for layer in alike]
+    block, offsets = torch.empty(before + sum(sizes)), [before + sum(sizes[:i]) for i in range(len(sizes))]
+    return [PanelLinear(layer, block, offset) for layer, offset in zip(alike, offsets, strict=True)]
 
 
 @given(
@@ -81,7 +88,8 @@ def test_the_number_of_threads_changes_no_bit(count):
 @pytest.mark.parametrize(
     ("x", "outputs", "bias"),
     [
-        (torch.zeros(2, 5), 40, None),
+        (torch.zeros(2, 0), 40, None),
+        (torch.zeros(2, 97), 40, None),
         (torch.zeros(2, 96, dtype=torch.float64), 40, None),
         (torch.tensor(1.0), 40, None),
         (torch.zeros(2, 96), 400, None),
@@ -92,7 +100,7 @@ def test_the_number_of_threads_changes_no_bit(count):
 def test_what_does_not_fit_is_refused(x, outputs, bias):
     _, own = layers(96, 40, bias=False)
     with pytest.raises(RuntimeError):
-        torch.ops.gorgon.panel_linear(x, own.panels, bias, outputs)
+        torch.ops.gorgon.panel_linear(x, own.block, own.offset, bias, outputs)
 
 
 def test_a_weight_that_is_no_float32_matrix_is_refused():
@@ -112,7 +120,7 @@ def test_several_weights_at_once_are_each_as_alone(count, rows, inputs, outputs)
     weight, bias, x = torch.randn(count, outputs, inputs), torch.randn(count, outputs), torch.randn(count, rows, inputs)
     pack = torch.ops.gorgon.pack_panels
     found = panel_products(x, pack(weight), bias)
-    alone = [torch.ops.gorgon.panel_linear(x[k], pack(weight[k]), bias[k], outputs) for k in range(count)]
+    alone = [torch.ops.gorgon.panel_linear(x[k], pack(weight[k]), 0, bias[k], outputs) for k in range(count)]
     assert torch.equal(found, torch.stack(alone))
     torch.testing.assert_close(found, x @ weight.mT + bias[:, None], rtol=1e-4, atol=1e-4)
 
@@ -147,3 +155,55 @@ def test_several_weights_refuse_what_does_not_fit(x, bias):
     panels = torch.ops.gorgon.pack_panels(torch.zeros(2, 40, 96))
     with pytest.raises(RuntimeError):
         panel_products(x, panels, bias)
+
+
+@pytest.mark.parametrize(("offset", "outputs"), [(-1, 40), (4, 40), (0, 0), (1 << 40, 40)])
+def test_a_place_outside_the_block_is_refused(offset, outputs):
+    load_kernels()
+    with pytest.raises(RuntimeError, match="block"):
+        torch.ops.gorgon.panel_linear(torch.zeros(2, 8), torch.zeros(panels_size(40, 8) + 3), offset, None, outputs)
+
+
+class Gated(nn.Module):
+    """Products that can be joined, and such that cannot: of other rows, with a bias, not side by side, not whole."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = [(64, 96), (64, 32), (64, 40), (64, 64), (64, 64), (64, 64), (96, 64)]
+        biases = [False, False, False, False, True, False, False]
+        self.alike = [nn.Linear(*s, bias=b).requires_grad_(False) for s, b in zip(shapes, biases, strict=True)]
+        self.own = in_a_block(*self.alike)
+
+    def sums(self, x, layers):
+        a, b, c, d, e, f, g = layers
+        wide = a(x)  # with b, and with c, which does not fill its panels
+        rows = torch.cat((b(x), c(x)[..., :32]), dim=-1)
+        return (wide.view(*x.shape[:-1], 3, 32).transpose(0, 1), d(x) * e(x), f(x).relu() + d(rows), g(wide))
+
+    def forward(self, *arguments):
+        return tuple(found.contiguous() for found in self.sums(arguments[0], self.own))
+
+
+def test_products_side_by_side_are_joined_and_stay_the_same():
+    module, counts = Gated(), []
+
+    def improve(graph):
+        target = torch.ops.gorgon.panel_linear
+        before = len(graph.graph.find_nodes(op="call_function", target=target))
+        join_products(graph)
+        joined = graph.graph.find_nodes(op="call_function", target=target)
+        counts.append((before, len(joined), max(n.args[-1] for n in joined)))
+
+    def function(*arguments):
+        return module(*arguments)
+
+    options = {"cpp_wrapper": True, "aot_inductor.custom_ops_to_c_shims": DOORS}
+    direct = DirectCalls(function, options, lambda guards: [True] * len(guards), improve)
+    with torch.inference_mode():
+        for rows in (5, 9):
+            x = torch.randn(rows, 64)
+            for one, own, layers in zip(direct(x), module(x), module.sums(x, module.alike), strict=True):
+                torch.testing.assert_close(one, layers, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(one, own, rtol=1e-6, atol=1e-6)
+    assert counts == [(8, 6, 96 + 32 + 40)]

@@ -17,6 +17,7 @@ from gorgon.config import StepMode
 from gorgon.errors import MissingDependencyError
 from gorgon.models.direct import DirectCalls
 from gorgon.models.kernels import DOORS
+from gorgon.models.panels import join_products
 from gorgon.models.toolchain import cpp_compiler
 
 StepFunction = Callable[..., Any]
@@ -87,9 +88,10 @@ def step_function(function: StepFunction, backbone: Any, mode: StepMode) -> Bind
         "cpp_wrapper": True,  # the kernels are called from C++: Python would take a fifth of a small model's step
         "cpp.min_chunk_size": SERIAL_ELEMENTS,
         "cpp.weight_prepack": False,  # `models.linear` has laid out the weights
+        "size_asserts": False,  # torch's conditions have said what the sizes are; asking again is a fifteenth of a step
         "aot_inductor.custom_ops_to_c_shims": DOORS,
     }
-    compiled = DirectCalls(own, options, _about_the_arguments)
+    compiled = DirectCalls(own, options, _about_the_arguments, join_products if backbone.kernels else None)
 
     def bind(*fixed: Any) -> BoundFunction:
         calls = compiled.bind(*fixed)

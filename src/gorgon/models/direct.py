@@ -46,13 +46,20 @@ class DirectCalls:
     Invariant: generated code runs only where torch's own conditions for it hold; for all else torch is asked.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], options: dict[str, Any], conditions: Any) -> None:
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        options: dict[str, Any],
+        conditions: Any,
+        improve: Callable[[Any], None] | None = None,
+    ) -> None:
         """Args:
         function: takes `*arguments`; its code must be its own, for torch keeps versions by code.
         options: of inductor, `cpp_wrapper` among them.
         conditions: torch's `guard_filter_fn`.
+        improve: changes a recorded graph before code is generated of it.
         """
-        self._code, self._options = function.__code__, options
+        self._code, self._options, self._improve = function.__code__, options, improve
         self._compiling: list[list[str]] = []  # by graph that one call had compiled, where its inputs are
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         self._free = {name: cell.cell_contents for name, cell in cells}
@@ -92,6 +99,8 @@ class DirectCalls:
         from torch._inductor.compile_fx import compile_fx
 
         self._compiling.append([node.meta["grapharg"].source.name for node in graph.graph.find_nodes(op="placeholder")])
+        if self._improve is not None:
+            self._improve(graph)
         return compile_fx(graph, list(examples), config_patches=self._options)
 
     def _keep(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from gorgon.models.kernels import kernels_work
-from gorgon.models.panels import PanelLinear
+from gorgon.models.panels import PanelLinear, panels_size
 from gorgon.models.toolchain import cpp_compiler
 
 Layout = Literal["as stored", "transposed", "packed", "panels"]
@@ -45,10 +45,6 @@ class PackedLinear(nn.Module):
         return result
 
 
-MODULES: dict[Layout, type[PackedLinear] | type[PanelLinear]] = {"packed": PackedLinear, "panels": PanelLinear}
-"""What a layer is replaced with, where the layout is not one of the weight alone."""
-
-
 def packing_works() -> bool:
     """Whether this build of torch has oneDNN's packed products (PyPI's x86 builds do), and steps are not compiled.
 
@@ -64,28 +60,48 @@ def lay_out_linear_weights(model: nn.Module) -> dict[str, Layout]:
 
     Invariant: the products stay the same up to rounding.
     """
+    if kernels_work():
+        return _lay_out_in_panels(model)
     chosen: dict[str, Layout] = {}
-    for (outputs, inputs), places in _by_shape(model).items():
-        layout = "panels" if kernels_work() else _fastest_layout([layer for _, _, layer in places])
-        chosen[f"{outputs}x{inputs}"] = layout
-        for parent, name, layer in places:
-            if layout in MODULES:
-                setattr(parent, name, MODULES[layout](layer))
+    places = _places(model)
+    for shape in dict.fromkeys(_shape(layer) for _, _, layer in places):
+        alike = [place for place in places if _shape(place[2]) == shape]
+        layout = chosen[shape] = _fastest_layout([layer for _, _, layer in alike])
+        for parent, name, layer in alike:
+            if layout == "packed":
+                setattr(parent, name, PackedLinear(layer))
             elif layout == "transposed":
                 _transpose(layer)
     return chosen
 
 
-def _by_shape(model: nn.Module) -> dict[tuple[int, int], list[tuple[nn.Module, str, nn.Linear]]]:
-    """The layers that may be laid out, with their parents and names there, by (outputs, inputs)."""
-    shapes: dict[tuple[int, int], list[tuple[nn.Module, str, nn.Linear]]] = {}
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if type(child) is not nn.Linear or type(child.weight) is not nn.Parameter:  # quantised: a type of its own
-                continue
-            if child.weight.device.type == "cpu" and child.weight.dtype == torch.float32:
-                shapes.setdefault((child.out_features, child.in_features), []).append((parent, name, child))
-    return shapes
+def _lay_out_in_panels(model: nn.Module) -> dict[str, Layout]:
+    places = _places(model)[::-1]
+    if not places:
+        return {}
+    chosen: dict[str, Layout] = {_shape(layer): "panels" for _, _, layer in places}
+    sizes = [panels_size(layer.out_features, layer.in_features) for _, _, layer in places]
+    block, offset = places[0][2].weight.new_empty(sum(sizes)), 0
+    while places:  # one by one, so that each weight as it was is given back before the next one is packed
+        parent, name, layer = places.pop()
+        setattr(parent, name, PanelLinear(layer, block, offset))
+        offset += sizes.pop()
+    return chosen
+
+
+def _shape(layer: nn.Linear) -> str:
+    return f"{layer.out_features}x{layer.in_features}"
+
+
+def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """The layers that may be laid out, in the model's order, with their parents and names there."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and type(child.weight) is nn.Parameter  # quantised: a type of its own
+        and child.weight.device.type == "cpu" and child.weight.dtype == torch.float32
+    ]  # fmt: skip
 
 
 def _transpose(layer: nn.Linear) -> None:

@@ -163,20 +163,21 @@ Tensor pack_panels(const Tensor& weight) {
   return packed;
 }
 
-// [..., inputs] to [..., outputs].
-Tensor panel_linear(const Tensor& given, const Tensor& panels, const std::optional<Tensor>& bias, int64_t outputs) {
+// [..., inputs] to [..., outputs], by the weight whose panels begin at `offset` in a block.
+Tensor panel_linear(
+    const Tensor& given, const Tensor& block, int64_t offset, const std::optional<Tensor>& bias, int64_t outputs) {
   const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
-  STD_TORCH_CHECK(panels.dim() == 3 && panels.size(2) == WIDTH && is_plain(panels), "panels: as pack_panels makes them");
-  STD_TORCH_CHECK(panels.size(0) == (outputs + WIDTH - 1) / WIDTH, "outputs: as many as the packed weight has");
-  const int64_t inputs = panels.size(1), last = x.dim() - 1;
-  STD_TORCH_CHECK(last >= 0 && x.size(last) == inputs && is_plain(x), "x: float32, as many inputs as the weight has");
+  const int64_t last = x.dim() - 1, inputs = last < 0 ? 0 : x.size(last);
+  STD_TORCH_CHECK(0 <= last && last < MOST_DIMS && inputs > 0 && is_plain(x), "x: float32, of one to eight dimensions");
+  const int64_t size = (outputs + WIDTH - 1) / WIDTH * WIDTH * inputs;
+  STD_TORCH_CHECK(
+      is_plain(block) && 0 <= offset && 0 < size && offset + size <= block.numel(), "block: holds the weight's panels");
   STD_TORCH_CHECK(!bias || (bias->numel() == outputs && is_plain(*bias)), "bias: float32, one for each output");
   int64_t sizes[MOST_DIMS];
-  STD_TORCH_CHECK(last < MOST_DIMS, "x: too many dimensions");
   for (int64_t d = 0; d <= last; ++d) sizes[d] = d == last ? outputs : x.size(d);
   const Tensor y = empty(sizes, last + 1);
   const float* const added = bias ? data_of(*bias) : nullptr;
-  multiply_all({data_of(x), data_of(panels), added, data_of(y), x.numel() / inputs, inputs, outputs}, 1);
+  multiply_all({data_of(x), data_of(block) + offset, added, data_of(y), x.numel() / inputs, inputs, outputs}, 1);
   return y;
 }
 
@@ -200,10 +201,11 @@ Tensor panel_products(const Tensor& given, const Tensor& panels, const Tensor& b
 
 // The doors for code that torch generates: without looking the operations up by their names at every call.
 extern "C" AOTITorchError aoti_torch_cpu_panel_linear(
-    AtenTensorHandle x, AtenTensorHandle panels, AtenTensorHandle* bias, int64_t outputs, AtenTensorHandle* result) {
+    AtenTensorHandle x, AtenTensorHandle block, int64_t offset, AtenTensorHandle* bias, int64_t outputs,
+    AtenTensorHandle* result) {
   return through_door(result, [&] {
     const std::optional<Tensor> added = bias ? std::optional(borrowed(*bias)) : std::nullopt;
-    return panel_linear(borrowed(x), borrowed(panels), added, outputs);
+    return panel_linear(borrowed(x), borrowed(block), offset, added, outputs);
   });
 }
 
@@ -212,10 +214,17 @@ extern "C" AOTITorchError aoti_torch_cpu_panel_products(
   return through_door(result, [&] { return panel_products(borrowed(x), borrowed(panels), borrowed(bias)); });
 }
 
+int64_t panel_width() { return WIDTH; }
+
 STABLE_TORCH_LIBRARY_FRAGMENT(gorgon, library) {
+  library.def("panel_width() -> int");
   library.def("pack_panels(Tensor weight) -> Tensor");
-  library.def("panel_linear(Tensor x, Tensor panels, Tensor? bias, int outputs) -> Tensor");
+  library.def("panel_linear(Tensor x, Tensor block, int offset, Tensor? bias, int outputs) -> Tensor");
   library.def("panel_products(Tensor x, Tensor panels, Tensor bias) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gorgon, CompositeExplicitAutograd, library) {
+  library.impl("panel_width", TORCH_BOX(&panel_width));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gorgon, CPU, library) {

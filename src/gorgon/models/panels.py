@@ -6,28 +6,85 @@ Shapes: K weights, R rows, I inputs, O outputs; P panels of W outputs each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import cast
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gorgon.core.heads import PackedHeads
 from gorgon.models.kernels import load_kernels
 
 
 class PanelLinear(nn.Module):
-    """A linear layer in panels; float32, CPU, inference only."""
+    """A linear layer in panels, which lie in a block with those of a model's other layers.
 
-    def __init__(self, layer: nn.Linear) -> None:
-        """Raises: MissingDependencyError when the kernel cannot be built."""
-        load_kernels()
+    Float32, CPU, inference only. One block is one argument of a compiled step, and layers that lie side by side in it
+    can be multiplied as one.
+    """
+
+    def __init__(self, layer: nn.Linear, block: Tensor, offset: int) -> None:
+        """Packs the layer's weight into the block, where it takes up `panels_size` numbers from `offset` on."""
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.in_features, self.out_features, self.offset = layer.in_features, layer.out_features, offset
         self.bias = None if layer.bias is None else layer.bias.detach()
-        self.register_buffer("panels", torch.ops.gorgon.pack_panels(layer.weight.detach().contiguous()))
+        self.register_buffer("block", block)
+        panels = torch.ops.gorgon.pack_panels(layer.weight.detach().contiguous())
+        block[offset : offset + panels.numel()] = panels.flatten()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
-        result: Tensor = torch.ops.gorgon.panel_linear(x, self.panels, self.bias, self.out_features)
+        result: Tensor = torch.ops.gorgon.panel_linear(x, self.block, self.offset, self.bias, self.out_features)
         return result
+
+
+def panels_size(outputs: int, inputs: int) -> int:
+    """Numbers that a weight's panels hold.
+
+    Raises: MissingDependencyError when the kernel cannot be built.
+    """
+    load_kernels()
+    width = int(torch.ops.gorgon.panel_width())
+    return -(-outputs // width) * width * inputs
+
+
+def join_products(graph: fx.GraphModule) -> None:
+    """Multiplies by weights that lie side by side as by one, where they are given the same rows: queries, keys and
+    values, or a gated layer's two halves. Each product begins and ends with the threads' waiting for each other.
+
+    Invariant: every output is the same sum as before.
+    """
+    product, width = torch.ops.gorgon.panel_linear, int(torch.ops.gorgon.panel_width())
+    runs: list[list[fx.Node]] = []
+    ends: dict[tuple[fx.Node, fx.Node, int], list[fx.Node]] = {}  # by rows, block and place there: what may go on
+    for node in graph.graph.find_nodes(op="call_function", target=product):
+        x, block, offset, bias, outputs = node.args
+        if bias is not None:
+            continue
+        run = ends.pop((x, block, offset), None)
+        if run is None:
+            run = []
+            runs.append(run)
+        run.append(node)
+        if outputs % width == 0:
+            ends[x, block, offset + panels_size(outputs, int(x.meta["example_value"].shape[-1]))] = run
+    for run in runs:
+        if len(run) > 1:
+            _join(graph.graph, run)
+    graph.recompile()
+
+
+def _join(graph: fx.Graph, run: Sequence[fx.Node]) -> None:
+    x, block, offset, bias, _ = run[0].args
+    outputs = [cast(int, node.args[-1]) for node in run]
+    with graph.inserting_before(run[0]):
+        joined = graph.call_function(torch.ops.gorgon.panel_linear, (x, block, offset, bias, sum(outputs)))
+        ends = accumulate(outputs)
+        for node, count, end in zip(run, outputs, ends, strict=True):
+            node.replace_all_uses_with(graph.call_function(torch.narrow, (joined, -1, end - count, count)))
+    for node in run:
+        graph.erase_node(node)
 
 
 def in_panels(heads: PackedHeads) -> PackedHeads:
