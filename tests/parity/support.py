@@ -37,8 +37,8 @@ class Tokenizer:
 
 
 SMALL = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "eos_token_id": 1,
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": CONTEXT, "eos_token_id": 1,
     "pad_token_id": 0, "initializer_range": 0.3, "tie_word_embeddings": False, "attention_dropout": 0.0,
 }  # fmt: skip
 WINDOW = 6
@@ -47,19 +47,19 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FAMILIES = {
     "llama": ("llama", {}),
-    "llama, tied, one group": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama, tied, one group": ("llama", {"tie_word_embeddings": True, "num_attention_heads": 4, "head_dim": 16}),
     "mistral": ("mistral", {"sliding_window": 4096}),
     "mistral, short window": ("mistral", {"sliding_window": WINDOW}),
     "qwen2": ("qwen2", {}),
     "qwen2, windows": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
-    "qwen3": ("qwen3", {"head_dim": 8}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
     "phi3": ("phi3", {}),
     "phi3, short window": ("phi3", {"sliding_window": WINDOW}),
-    "gemma": ("gemma", {"head_dim": 8}),
-    "gemma2": ("gemma2", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED, "query_pre_attn_scalar": 8,
+    "gemma": ("gemma", {"head_dim": 16}),
+    "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": WINDOW, "layer_types": MIXED, "query_pre_attn_scalar": 16,
                           "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
-    "gemma3": ("gemma3_text", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED,
-                               "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0}),
+    "gemma3": ("gemma3_text", {"head_dim": 16, "sliding_window": WINDOW, "layer_types": MIXED,
+                               "query_pre_attn_scalar": 16, "final_logit_softcapping": 2.0}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"sliding_window": WINDOW, "layer_types": MIXED}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "use_sliding_window": False}),
@@ -68,21 +68,21 @@ FAMILIES = {
     "cohere": ("cohere", {"logit_scale": 0.25}),
     "cohere2": ("cohere2", {"logit_scale": 0.25, "sliding_window": WINDOW, "layer_types": MIXED}),
     "starcoder2": ("starcoder2", {"sliding_window": WINDOW}),
-    "stablelm": ("stablelm", {}),
+    "stablelm, small heads": ("stablelm", {"num_attention_heads": 4}),
     "falcon": ("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "deepseek-v3": ("deepseek_v3", {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 16, "v_head_dim": 8,
+    "deepseek-v3": ("deepseek_v3", {"num_key_value_heads": 2, "kv_lora_rank": 8, "q_lora_rank": 16, "v_head_dim": 16,
                                     "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "n_routed_experts": 4, "n_group": 1,
                                     "topk_group": 1, "first_k_dense_replace": 1, **EXPERTS}),
-    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": CONTEXT}),
-    "gpt-oss": ("gpt_oss", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED, "num_local_experts": 4,
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_inner": 48, "n_positions": CONTEXT}),
+    "gpt-oss": ("gpt_oss", {"head_dim": 16, "sliding_window": WINDOW, "layer_types": MIXED, "num_local_experts": 4,
                             **EXPERTS}),
     "mixtral": ("mixtral", {"num_local_experts": 4, **EXPERTS}),
-    "qwen3-moe": ("qwen3_moe", {"head_dim": 8, "num_experts": 4, **EXPERTS}),
+    "qwen3-moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 4, **EXPERTS}),
 }  # fmt: skip
 ONE_LAYER = {
     "llama, one layer": ("llama", {"num_hidden_layers": 1}),
-    "gemma2, one layer": ("gemma2", {"head_dim": 8, "sliding_window": WINDOW, "layer_types": MIXED[:1],
+    "gemma2, one layer": ("gemma2", {"head_dim": 16, "sliding_window": WINDOW, "layer_types": MIXED[:1],
                                      "num_hidden_layers": 1, "final_logit_softcapping": 2.0}),
 }  # fmt: skip
 """For steps that are compiled, which costs seconds a layer."""

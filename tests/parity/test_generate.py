@@ -158,7 +158,7 @@ def test_a_repetition_penalty_is_that_of_transformers(llama, tree):
 
 @every_tree
 def test_after_an_end_token_measurements_go_on_if_asked(llama, tree):
-    prompt = prompts()[0]
+    prompt = prompts()[2]
     full = reference(llama, prompt, 40)
     assert full[-1] == 1 and len(full) < 40
     last = list(oracle_engine(llama, tree, [prompt]).stream(Request(prompt, 40, ignore_end=True)))[-1]

@@ -96,15 +96,7 @@ class Engine:
     def stepper(self, batch: int) -> Stepper:
         """The step functions for that drafter, which read the heads that it needs."""
         drafter = self.drafter(batch)
-        return self._stepper(drafter.heads, drafter.width)
-
-    @cached_property
-    def prompt_stepper(self) -> Stepper:
-        """The step functions for prompts: they read the heads for whatever drafter comes next."""
-        drafters = self.drafters.values()
-        return self._stepper(max(d.heads for d in drafters), max(d.width for d in drafters))
-
-    def _stepper(self, count: int, width: int) -> Stepper:
+        count, width = drafter.heads, drafter.width
         if (count, width) not in self._steppers:
             heads = None if self._packed is None or not count else self._packed.first(count)
             self._steppers[count, width] = Stepper(self.backbone, heads, width, self.vocabulary_U)

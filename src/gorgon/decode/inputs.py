@@ -50,15 +50,18 @@ class Inputs:
         size = max(least, *(d.nodes for d in drafts)) if nodes is None else nodes
         array, flat_4BN = self._room(4, len(drafts), size)
         for b, draft in enumerate(drafts):
-            array[:, b] = np.reshape(draft.flat(size), (4, size))
+            array[:, b] = np.array(draft.flat(size)).reshape(4, size)
         longest = size if nodes is not None else max(least, *(max(d.depths) + 1 for d in drafts))
-        return DraftBatch(flat_4BN.to(self.device, non_blocking=True), longest)
+        return DraftBatch(self._on_device(flat_4BN), longest)
 
     def lengths(self, lengths: Sequence[int]) -> Tensor:
         """Committed rows of every sequence, int64 [B]."""
         array, lengths_B = self._room(len(lengths))
         array[:] = lengths
-        return lengths_B.to(self.device, non_blocking=True)
+        return self._on_device(lengths_B)
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
     def _room(self, *shape: int) -> Room:
         found = self._rooms.get(shape)

@@ -194,9 +194,8 @@ class Slots:
         end = len(prompt) if most is None else min(len(prompt), running.read + most)
         root = Draft([0])
         choose = None if end < len(prompt) or running.takes_argmax else partial(self._choices, [running], [root])
-        hidden_11H, decided = self.engine.prompt_stepper.prompt(
-            self._entry, prompt[running.read : end], running.read, choose
-        )
+        stepper = self.engine.stepper(len(self._decoding) + 1)  # the next step's, if nobody else comes or goes
+        hidden_11H, decided = stepper.prompt(self._entry, prompt[running.read : end], running.read, choose)
         running.read = end
         if self._prefixes is not None:
             self._prefixes.hold(self._entry_place, prompt[:end])
