@@ -1,15 +1,21 @@
 """Weight layouts, recorded and compiled steps: how the numbers are computed changes no token."""
 
 import copy
+from random import Random
 
 import pytest
 import torch
 
+from gorgon.core.draft import Draft
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.engine import Engine
+from gorgon.decode.inputs import Inputs
+from gorgon.decode.step import Stepper
 from gorgon.errors import ModelError
 from gorgon.models import backbone as backbone_module
 from gorgon.models import compiler, linear
+from gorgon.models.backbone import load_backbone
+from gorgon.models.cache import TreeCache
 from gorgon.models.panels import PanelLinear
 from gorgon.models.toolchain import cpp_compiler
 from tests.parity.support import TREES, VOCAB, backbone_of, oracle_engine, prompts, reference
@@ -75,6 +81,36 @@ def test_nodes_look_at_spans_unless_the_model_needs_more(family, fits, monkeypat
     for name in ("plain", "bushy"):
         engine = oracle_engine(backbone, TREES[name], [asked], 30)
         assert engine.answer(asked, max_new_tokens=30).token_ids == expected
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("mode", ["eager", "recorded"])
+def test_a_node_of_a_tree_has_the_bits_of_plain_decoding(mode):
+    """Trained weights, wrong branches between the nodes of the path, and another sequence beside it."""
+    backbone, random = load_backbone("embedded", dtype="float32"), Random(0)
+    backbone.run_steps(mode)
+    stepper, inputs = Stepper(backbone, None, 0, None), Inputs(backbone.device)
+    prompt, path = ([random.randrange(5, backbone.vocab_size) for _ in range(n)] for n in (60, 6))
+
+    def hidden(drafts, lengths, cache):
+        given = inputs.drafts(drafts).flat_4BN, inputs.lengths(lengths), cache.capacity
+        with torch.inference_mode():
+            return stepper.functions(cache).forward(*given)[0].clone()
+
+    alone = TreeCache(4, 1, 100)
+    stepper.prompt(alone, prompt, 0)
+    plain = [hidden([Draft([token])], [60 + at], alone)[0, 0] for at, token in enumerate(path)]
+
+    together = TreeCache(4, 2, 100)
+    stepper.prompt(together, prompt, 0)
+    draft, places = Draft(path[:1]), [0]
+    for token in path[1:]:
+        for _ in range(random.randrange(4)):
+            draft.add(random.randrange(5, backbone.vocab_size), random.randrange(draft.nodes))
+        places.append(draft.add(token, places[-1]))
+    assert draft.nodes > len(path)
+    in_a_tree = hidden([draft, Draft([path[0]])], [60, 7], together)[0]
+    assert all(torch.equal(in_a_tree[place], wanted) for place, wanted in zip(places, plain, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["eager", "recorded"])
