@@ -151,6 +151,15 @@ MOST_SHAPES = 4096
 """Shapes that are remembered for bound arguments; then they are forgotten, and asked for anew."""
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """Generated code for a shape, its inputs as they were once, and which of them are which arguments of each call."""
+
+    code: Code
+    inputs: list[Any]
+    changing: list[tuple[int, int]]
+
+
 class BoundCalls:
     """Calls whose last arguments stay the same objects, unchanged.
 
@@ -160,34 +169,33 @@ class BoundCalls:
 
     def __init__(self, calls: DirectCalls, free: Mapping[str, Any], fixed: Sequence[Any]) -> None:
         self._calls, self._free, self._fixed = calls, free, fixed
-        self._ready: dict[tuple[Any, ...], tuple[Code, list[Any], list[tuple[int, int]]]] = {}
+        self._ready: dict[tuple[Any, ...], _Ready] = {}
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
         """Args: arguments: tensors without gradients, and numbers.
         Raises: what torch raises when it cannot compile.
         """
         shapes = tuple([a if type(a) is int else (a.shape, a.stride(), a.dtype) for a in arguments])
-        ready = self._ready.get(shapes)
+        ready = self._ready.get(shapes) or self._prepare(shapes, arguments)
         if ready is None:
-            self._prepare(shapes, arguments)
             return self._calls(*arguments, *self._fixed)
-        code, inputs, changing = ready
-        inputs = inputs.copy()
-        for at, place in changing:
+        inputs = ready.inputs.copy()
+        for at, place in ready.changing:
             inputs[at] = arguments[place]
-        return tuple(code(inputs))
+        return tuple(ready.code(inputs))
 
-    def _prepare(self, shapes: tuple[Any, ...], arguments: Sequence[Any]) -> None:
+    def _prepare(self, shapes: tuple[Any, ...], arguments: Sequence[Any]) -> _Ready | None:
         """Remembers the shape's version and its inputs, if there is one already."""
         known = {**self._free, "arguments": (*arguments, *self._fixed)}
         version = self._calls.version(known)
         if version is None:
-            return
+            return None
         if len(self._ready) >= MOST_SHAPES:
             self._ready.clear()
         whole = {f"L['arguments'][{i}]": i for i, a in enumerate(arguments) if isinstance(a, Tensor)}
         changing = [(at, whole[place]) for at, place in enumerate(version.places) if place in whole]
-        self._ready[shapes] = version.code, version.inputs(known), changing
+        ready = self._ready[shapes] = _Ready(version.code, version.inputs(known), changing)
+        return ready
 
 
 def _inputs_of(places: Sequence[str], known: dict[str, Any]) -> Callable[[dict[str, Any]], list[Any]]:
