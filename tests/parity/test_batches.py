@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from gorgon.core.heads import MedusaHeads
 from gorgon.core.sampling import Sampling
+from gorgon.core.tree import DraftTree
+from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.engine import PLAIN, Engine
 from gorgon.decode.request import Request
 from gorgon.errors import ModelError
@@ -132,6 +135,29 @@ def test_the_drafter_is_chosen_by_how_many_decode_together(backbone):
     assert [a.token_ids for a in answers] == [a for _, a in known]
     assert max(answers, key=lambda a: len(a.step_nodes)).step_nodes[0] == 0, "four together decode plainly"
     assert max(n for a in answers for n in a.step_nodes) > 0, "the last one to run has a tree"
+
+
+def test_a_step_reads_the_heads_that_its_drafter_asks_for(backbone):
+    """Neither those of another batch size, nor fewer than are asked for to time them; the text stays the same."""
+    asked, read = prompts((9, 30, 2, 5)), []
+    torch.manual_seed(0)
+    heads = MedusaHeads(4, 1, backbone.hidden_size, VOCAB).requires_grad_(False)
+    heads.start_from(backbone.lm_head.weight)
+
+    class Watched(StaticDrafter):
+        def draft(self, root, choices, context):
+            read.append((self.heads, 0 if choices is None else len(choices.tokens)))
+            return super().draft(root, choices, context)
+
+    one = DraftTree.of([(0,)])
+    engine = Engine(backbone, heads, {1: Watched(one), 2: Watched(TREES["bushy"]), 3: PLAIN, 4: Watched(one, 3)})
+    answers = engine.generate(asked, max_new_tokens=20, together=4)
+    assert [a.token_ids for a in answers] == [reference(backbone, p, 20) for p in asked]
+    engine.generate(asked[:1], max_new_tokens=20, together=1)
+    assert {(1, 1), (3, 3), (4, 4)} <= set(read), "of one sequence, of four, of two"
+    for drafters in ({1: StaticDrafter(one)}, {1: StaticDrafter(TREES["ngram"], 2)}):
+        alone = Engine(backbone, heads, drafters).generate(asked, max_new_tokens=20, together=1)
+        assert [a.token_ids for a in alone] == [a.token_ids for a in answers]
 
 
 # sampling

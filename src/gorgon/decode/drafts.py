@@ -36,9 +36,11 @@ class Drafter(Protocol):
 class StaticDrafter:
     """The same tree in every step: ranks of the heads, and a chain copied from the context while there is one."""
 
-    def __init__(self, tree: DraftTree) -> None:
+    def __init__(self, tree: DraftTree, heads: int = 0) -> None:
+        """Args: heads: how many are read at least, whatever the tree needs: that is how reading them is timed."""
         self.tree = tree
-        self.nodes, self.heads, self.width, self.copies = tree.nodes, tree.heads, tree.width, tree.ngram > 0
+        self.nodes, self.copies = tree.nodes, tree.ngram > 0
+        self.heads, self.width = max(tree.heads, heads), max(tree.width, min(heads, 1))
         self._places = [(len(path) - 1, path[-1]) for path in tree.paths]
         self._shape = Draft([0])
         for parent in tree.parents[1:]:
@@ -65,4 +67,4 @@ class StaticDrafter:
         return Draft(tokens, shape.parents[:nodes], shape.depths[:nodes], shape.bits[:nodes])
 
     def _can_read(self, choices: HeadChoices | None) -> bool:
-        return choices is not None and len(choices.tokens) >= self.heads and len(choices.tokens[0]) >= self.width
+        return choices is not None and len(choices.tokens) >= self.tree.heads and len(choices.tokens[0]) >= self.width

@@ -219,10 +219,12 @@ def _measure(
     All heads are read whatever the tree needs of them, so that nodes and heads are told apart.
     """
     available = len(engine.heads or ())
-    engines = {("nodes", n): _reading(engine, tree, available if n > 1 else 0, batch) for n, tree in trees.items()}
+    engines = {
+        ("nodes", n): engine.with_drafter(StaticDrafter(tree, available if n > 1 else 0)) for n, tree in trees.items()
+    }
     star = DraftTree.of((rank,) for rank in range(min(HEADS_AT, config.max_nodes, config.width + 1) - 1))
     for heads in range(1, available + 1):
-        engines["heads", heads] = _reading(engine, star, heads, batch)
+        engines["heads", heads] = engine.with_drafter(StaticDrafter(star, heads))
     prompts, longest = [p for p, _ in pairs], max(len(a) for _, a in pairs)
     times = step_times(engines, prompts, batch, config.trials, longest)
     by_nodes = {n: ms for (kind, n), ms in times.items() if kind == "nodes"}
@@ -230,14 +232,6 @@ def _measure(
     if by_heads:  # a step without heads lies on the line through the others; timing noise must not bend it upwards
         by_heads[0] = max(0.0, by_heads[1] - max(0.0, (by_heads[available] - by_heads[1]) / max(1, available - 1)))
     return StepCosts(by_nodes, by_heads)
-
-
-def _reading(engine: Engine, tree: DraftTree, heads: int, batch: int) -> Engine:
-    """An engine that drafts this tree at this batch size and reads so many heads."""
-    drafters = {batch: StaticDrafter(tree)}
-    if heads > tree.heads:
-        drafters[batch + 1] = StaticDrafter(DraftTree.chain(heads))
-    return engine.with_drafter(drafters)
 
 
 def _device_name(engine: Engine) -> str:
