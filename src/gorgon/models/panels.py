@@ -29,7 +29,7 @@ class PanelLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.offset = layer.in_features, layer.out_features, offset
         self.bias = None if layer.bias is None else layer.bias.detach()
-        self.register_buffer("block", block)
+        self.register_buffer("block", block, persistent=False)
         panels = torch.ops.gorgon.pack_panels(layer.weight.detach().contiguous())
         block[offset : offset + panels.numel()] = panels.flatten()
 
