@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from gorgon.core.accept import ancestors
+from gorgon.core.draft import Draft
+from gorgon.decode.inputs import Inputs
 from gorgon.models import attention
-from gorgon.models.direct import DirectCalls
-from gorgon.models.kernels import DOORS, load_kernels
+from gorgon.models.kernels import load_kernels
 from gorgon.models.masks import (
     additive,
     prompt_spans,
@@ -19,6 +20,7 @@ from gorgon.models.masks import (
     within,
 )
 from gorgon.models.toolchain import cpp_compiler
+from tests.unit.test_panels import generated
 
 pytestmark = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")
 SIZE = 16
@@ -40,17 +42,12 @@ def by_mask(queries, keys, values, mask, scale=0.25):
 def trees(draw):
     """Bits and depths of a batch of drafts with as many nodes each, and their lengths."""
     batch, nodes = draw(st.integers(1, 3)), draw(st.integers(1, 64))
-    bits, depths = [], []
-    for _ in range(batch):
-        row, depth = [1], [0]
+    drafts = [Draft([0]) for _ in range(batch)]
+    for draft in drafts:
         for node in range(1, nodes):
-            parent = draw(st.integers(max(0, node - 4), node - 1))
-            row.append(row[parent] | 1 << node)
-            depth.append(depth[parent] + 1)
-        bits.append([b - (1 << 64) if b >> 63 else b for b in row])
-        depths.append(depth)
-    lengths = draw(st.lists(st.integers(0, 70), min_size=batch, max_size=batch))
-    return torch.tensor(bits), torch.tensor(depths), torch.tensor(lengths)
+            draft.add(0, draw(st.integers(max(0, node - 4), node - 1)))
+    _, _, depths_BN, bits_BN = Inputs(torch.device("cpu")).drafts(drafts).flat_4BN.unbind(0)
+    return bits_BN, depths_BN, torch.tensor(draw(st.lists(st.integers(0, 70), min_size=batch, max_size=batch)))
 
 
 def tensors(batch, heads, groups, nodes, rows, sizes=(SIZE, SIZE)):
@@ -189,9 +186,7 @@ def test_generated_code_calls_the_kernel():
         spans = prompt_spans(lengths[:, None] + torch.arange(nodes), None)
         return (torch.ops.gorgon.tree_attention(queries * 2, keys, values, spans, 0.125).relu(),)
 
-    direct = DirectCalls(
-        function, {"cpp_wrapper": True, "aot_inductor.custom_ops_to_c_shims": DOORS}, lambda g: [True] * len(g)
-    )
+    direct = generated(function)
     with torch.inference_mode():
         for nodes in (5, 9, 5):
             given_ = (*tensors(1, 2, 2, nodes, 40), torch.tensor([30]))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gorgon.models import direct as direct_module
+from gorgon.models.compiler import _own_code
 from gorgon.models.direct import DirectCalls
 from gorgon.models.toolchain import cpp_compiler
 
@@ -15,26 +16,34 @@ def every(guards):
     return [True] * len(guards)
 
 
-def test_generated_code_is_called_where_it_holds():
-    weight = torch.arange(12.0).view(3, 4)
+WEIGHT = torch.arange(12.0).view(3, 4)
+PAIR = (torch.ones(2), torch.full((2,), 2.0))
+
+
+def counted_product():
+    """A function, of code of its own, with two results; rows of a buffer are counted up in place."""
+    weight = WEIGHT
 
     def function(*arguments):
-        x_NI, buffer_M, rows, pair = arguments
+        x_NI, rows, buffer_M, pair = arguments
         buffer_M[:rows] += 1
         return x_NI @ weight * rows, pair[0] + pair[1]
 
-    def expected(x_NI, rows):
-        return x_NI @ weight * rows, torch.tensor([3.0, 3.0])
+    return _own_code(function)
 
-    pair = (torch.ones(2), torch.full((2,), 2.0))
-    direct, asked = DirectCalls(function, OPTIONS, every), []
+
+def test_generated_code_is_called_where_it_holds():
+    def expected(x_NI, rows):
+        return x_NI @ WEIGHT * rows, torch.tensor([3.0, 3.0])
+
+    direct, asked = DirectCalls(counted_product(), OPTIONS, every), []
     compiled = direct._compiled
     direct._compiled = lambda *arguments: (asked.append(len(arguments[0])), compiled(*arguments))[1]
     with torch.inference_mode():
         for turn in range(2):
             for rows in (5, 7, 1, 6):
                 x_NI, buffer_M = torch.randn(rows, 3), torch.zeros(9)
-                found = direct(x_NI, buffer_M, rows, pair)
+                found = direct(x_NI, rows, buffer_M, PAIR)
                 assert isinstance(found, tuple)
                 for one, other in zip(found, expected(x_NI, rows), strict=True):
                     torch.testing.assert_close(one, other)
@@ -43,7 +52,7 @@ def test_generated_code_is_called_where_it_holds():
                 assert asked == [5, 1]  # one row and several are two versions
     assert asked == [5, 1], "both versions are known"
     with torch.inference_mode(), pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="reduction dim"):
-        direct(torch.randn(5, 2), torch.zeros(9), 5, pair)  # torch is asked, and refuses
+        direct(torch.randn(5, 2), 5, torch.zeros(9), PAIR)  # torch is asked, and refuses
 
 
 def returns_an_argument(*arguments):
@@ -73,16 +82,9 @@ def test_what_is_no_single_piece_is_left_to_torch(function):
 
 
 def test_bound_calls_ask_torch_once_for_every_shape():
-    weight = torch.arange(12.0).view(3, 4)
-
-    def function(*arguments):
-        x_NI, rows, buffer_M, pair = arguments
-        buffer_M[:rows] += 1
-        return x_NI @ weight * rows, pair[0] + pair[1]
-
-    pair, buffer_M = (torch.ones(2), torch.full((2,), 2.0)), torch.zeros(9)
-    direct, asked = DirectCalls(function, OPTIONS, every), []
-    bound, version = direct.bind(buffer_M, pair), direct.version
+    buffer_M = torch.zeros(9)
+    direct, asked = DirectCalls(counted_product(), OPTIONS, every), []
+    bound, version = direct.bind(buffer_M, PAIR), direct.version
     direct.version = lambda known: (asked.append(len(known["arguments"][0])), version(known))[1]
     with torch.inference_mode():
         for turn in range(3):
@@ -90,18 +92,18 @@ def test_bound_calls_ask_torch_once_for_every_shape():
                 buffer_M.zero_()
                 x_NI = torch.randn(rows, 3)
                 product, total = bound(x_NI, rows)
-                torch.testing.assert_close(product, x_NI @ weight * rows)
+                torch.testing.assert_close(product, x_NI @ WEIGHT * rows)
                 assert total.tolist() == [3.0, 3.0] and buffer_M.tolist() == [1.0] * rows + [0.0] * (9 - rows)
             if turn == 1:
                 asked.clear()
         assert not asked, "all shapes are known"
         x_NI = torch.randn(3, 5).t()
-        torch.testing.assert_close(bound(x_NI, 5)[0], x_NI @ weight * 5)
+        torch.testing.assert_close(bound(x_NI, 5)[0], x_NI @ WEIGHT * 5)
         assert asked, "other strides are another shape"
         with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="reduction dim"):
             bound(torch.randn(5, 2), 5)
         other_M = torch.zeros(9)
-        torch.testing.assert_close(direct.bind(other_M, pair)(x_NI, 5)[0], x_NI @ weight * 5)
+        torch.testing.assert_close(direct.bind(other_M, PAIR)(x_NI, 5)[0], x_NI @ WEIGHT * 5)
         assert other_M.tolist() == [1.0] * 5 + [0.0] * 4, "other fixed arguments are other inputs"
 
 

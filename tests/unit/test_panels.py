@@ -21,6 +21,12 @@ def layers(inputs: int, outputs: int, bias: bool) -> tuple[nn.Linear, PanelLinea
     return layer, in_a_block(layer)[0]
 
 
+def generated(function, improve=None):
+    """The function as generated code that knows our kernels' doors."""
+    options = {"cpp_wrapper": True, "aot_inductor.custom_ops_to_c_shims": DOORS}
+    return DirectCalls(function, options, lambda guards: [True] * len(guards), improve)
+
+
 def in_a_block(*alike, before=3):
     """The layers in a block of theirs, behind a gap."""
     sizes = [panels_size(layer.out_features, layer.in_features) for layer in alike]
@@ -53,16 +59,12 @@ def test_generated_code_calls_the_kernel_with_and_without_a_bias():
     def function(*arguments):
         return (bare(own(arguments[0]).relu()),)
 
-    direct = DirectCalls(function, {"cpp_wrapper": True, "aot_inductor.custom_ops_to_c_shims": DOORS}, every_guard)
+    direct = generated(function)
     with torch.inference_mode():
         for rows in (5, 9, 5):
             x = torch.randn(rows, 48)
             torch.testing.assert_close(direct(x)[0], other(layer(x).relu()))
     assert len(direct._versions) == 1
-
-
-def every_guard(guards):
-    return [True] * len(guards)
 
 
 def test_rows_that_do_not_lie_in_order_are_copied():
@@ -88,6 +90,7 @@ def test_the_number_of_threads_changes_no_bit(count):
 @pytest.mark.parametrize(
     ("x", "outputs", "bias"),
     [
+        (torch.zeros(2, 5), 40, None),
         (torch.zeros(2, 0), 40, None),
         (torch.zeros(2, 97), 40, None),
         (torch.zeros(2, 96, dtype=torch.float64), 40, None),
@@ -100,7 +103,7 @@ def test_the_number_of_threads_changes_no_bit(count):
 def test_what_does_not_fit_is_refused(x, outputs, bias):
     _, own = layers(96, 40, bias=False)
     with pytest.raises(RuntimeError):
-        torch.ops.gorgon.panel_linear(x, own.block, own.offset, bias, outputs)
+        torch.ops.gorgon.panel_linear(x, own.block, own.offset, own.in_features, bias, outputs)
 
 
 def test_a_weight_that_is_no_float32_matrix_is_refused():
@@ -120,7 +123,7 @@ def test_several_weights_at_once_are_each_as_alone(count, rows, inputs, outputs)
     weight, bias, x = torch.randn(count, outputs, inputs), torch.randn(count, outputs), torch.randn(count, rows, inputs)
     pack = torch.ops.gorgon.pack_panels
     found = panel_products(x, pack(weight), bias)
-    alone = [torch.ops.gorgon.panel_linear(x[k], pack(weight[k]), 0, bias[k], outputs) for k in range(count)]
+    alone = [torch.ops.gorgon.panel_linear(x[k], pack(weight[k]), 0, inputs, bias[k], outputs) for k in range(count)]
     assert torch.equal(found, torch.stack(alone))
     torch.testing.assert_close(found, x @ weight.mT + bias[:, None], rtol=1e-4, atol=1e-4)
 
@@ -161,7 +164,7 @@ def test_several_weights_refuse_what_does_not_fit(x, bias):
 def test_a_place_outside_the_block_is_refused(offset, outputs):
     load_kernels()
     with pytest.raises(RuntimeError, match="block"):
-        torch.ops.gorgon.panel_linear(torch.zeros(2, 8), torch.zeros(panels_size(40, 8) + 3), offset, None, outputs)
+        torch.ops.gorgon.panel_linear(torch.zeros(2, 8), torch.zeros(panels_size(40, 8) + 3), offset, 8, None, outputs)
 
 
 class Gated(nn.Module):
@@ -198,8 +201,7 @@ def test_products_side_by_side_are_joined_and_stay_the_same():
     def function(*arguments):
         return module(*arguments)
 
-    options = {"cpp_wrapper": True, "aot_inductor.custom_ops_to_c_shims": DOORS}
-    direct = DirectCalls(function, options, lambda guards: [True] * len(guards), improve)
+    direct = generated(function, improve)
     with torch.inference_mode():
         for rows in (5, 9):
             x = torch.randn(rows, 64)

@@ -108,13 +108,10 @@ class Engine:
         return packed_heads(self.backbone, self.heads, most, self.vocabulary_U) if self.heads is not None else None
 
     def visible(self, needed: int, capacity: int) -> int:
-        """Cache rows that a step is given: what it needs, in large units where steps are captured by shape.
-
-        Where nodes look at spans they are all that there are: a number that stays the same.
-        """
-        if self.backbone.spans:
-            return capacity
-        return min(-(-needed // ROUNDING) * ROUNDING, capacity) if self.fixed_shapes else needed
+        """Cache rows that a step is given: the backbone's, in large units where steps are captured by shape."""
+        if self.fixed_shapes:
+            return min(-(-needed // ROUNDING) * ROUNDING, capacity)
+        return self.backbone.visible(needed, capacity)
 
     def slots(self, count: int, context: int, *, reuse: bool = False) -> Slots:
         """Room for `count` requests of at most `context` tokens, to be stepped by the caller (a server's scheduler)."""

@@ -187,7 +187,7 @@ class Stepper:
         """
         tokens_1T = torch.tensor([list(tokens)], device=self.backbone.device)
         start_1 = torch.tensor([start], device=self.backbone.device)
-        visible = cache.capacity if self.backbone.spans else start + len(tokens)
+        visible = self.backbone.visible(start + len(tokens), cache.capacity)
         if not cache.keys:  # the buffers come to be; step functions are given them
             self.backbone.forward_prompt(cache, tokens_1T[:, :1], start_1, start + 1)
         # A single token has a shape of its own to the compiler, and is not worth compiling for.

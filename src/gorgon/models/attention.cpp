@@ -8,7 +8,6 @@
 // that list, wherever the rows lie and whichever queries are computed beside it. So a node gets the same bits in a draft
 // tree as in plain decoding.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <utility>

@@ -18,8 +18,6 @@ NAME = "gorgon"
 """What a model's configuration calls it."""
 UNKNOWN = ("softcap", "s_aux", "position_bias")
 """Arguments of transformers' attention functions that our kernel knows nothing of."""
-VECTOR = 16
-"""Numbers in the widest vector that the kernel is built for: a head's size is a multiple."""
 
 
 def register() -> None:

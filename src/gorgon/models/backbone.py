@@ -177,6 +177,11 @@ class Backbone:
     def _mask(self, visible_BNS: Tensor, queries_BN: Tensor, keys_BS: Tensor) -> Any:
         return self._by_layers(lambda window: additive(within(visible_BNS, queries_BN, keys_BS, window), self.dtype))
 
+    def visible(self, needed: int, capacity: int) -> int:
+        """Cache rows that a forward is given, of which it needs so many: where nodes look at spans all that there are,
+        a number that stays the same."""
+        return capacity if self.spans else needed
+
     def forward_tree(
         self, cache: TreeCache, tokens_BN: Tensor, depths_BN: Tensor, bits_BN: Tensor, lengths_B: Tensor, visible: int
     ) -> Tensor:

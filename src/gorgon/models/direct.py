@@ -10,7 +10,7 @@ taken to stay the same: the function is one of a frozen model.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -70,7 +70,7 @@ class DirectCalls:
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
         """Raises: what torch raises when it cannot compile."""
-        known = {**self._free, "arguments": arguments}
+        known = self.known(arguments)
         version = self.version(known)
         if version is not None:
             return tuple(version.code(version.inputs(known)))
@@ -83,7 +83,11 @@ class DirectCalls:
 
     def bind(self, *fixed: Any) -> BoundCalls:
         """The function whose last arguments are these."""
-        return BoundCalls(self, self._free, fixed)
+        return BoundCalls(self, fixed)
+
+    def known(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
+        """What the function's names stand for in a call: torch's conditions and places are about these."""
+        return {**self._free, "arguments": arguments}
 
     def version(self, known: dict[str, Any]) -> _Version | None:
         """The version that holds for these arguments."""
@@ -167,8 +171,8 @@ class BoundCalls:
     each shape it is asked once, and the inputs that cannot change are listed once.
     """
 
-    def __init__(self, calls: DirectCalls, free: Mapping[str, Any], fixed: Sequence[Any]) -> None:
-        self._calls, self._free, self._fixed = calls, free, fixed
+    def __init__(self, calls: DirectCalls, fixed: Sequence[Any]) -> None:
+        self._calls, self._fixed = calls, fixed
         self._ready: dict[tuple[Any, ...], _Ready] = {}
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
@@ -186,7 +190,7 @@ class BoundCalls:
 
     def _prepare(self, shapes: tuple[Any, ...], arguments: Sequence[Any]) -> _Ready | None:
         """Remembers the shape's version and its inputs, if there is one already."""
-        known = {**self._free, "arguments": (*arguments, *self._fixed)}
+        known = self._calls.known((*arguments, *self._fixed))
         version = self._calls.version(known)
         if version is None:
             return None

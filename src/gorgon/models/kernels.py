@@ -50,7 +50,7 @@ def load_kernels() -> None:
     torch.library.register_fake("gorgon::tree_attention", _attended)
 
 
-def _product(x: Tensor, _block: Tensor, _offset: int, _bias: Tensor | None, outputs: int) -> Tensor:
+def _product(x: Tensor, _block: Tensor, _offset: int, _inputs: int, _bias: Tensor | None, outputs: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
 
 
@@ -77,7 +77,7 @@ class Doors(dict[Any, list[str]]):
 DOORS = Doors({
     "gorgon.panel_linear.default": [
         "AOTITorchError aoti_torch_cpu_panel_linear("
-        "AtenTensorHandle, AtenTensorHandle, int64_t, AtenTensorHandle*, int64_t, AtenTensorHandle*)"
+        "AtenTensorHandle, AtenTensorHandle, int64_t, int64_t, AtenTensorHandle*, int64_t, AtenTensorHandle*)"
     ],
     "gorgon.panel_products.default": [
         "AOTITorchError aoti_torch_cpu_panel_products("

@@ -125,9 +125,15 @@ void multiply_panels(const Product& p, int64_t begin, int64_t end) {
   }
 }
 
+// How many panels hold so many outputs.
+int64_t panels_for(int64_t outputs) { return (outputs + WIDTH - 1) / WIDTH; }
+
+// The tensor itself, or a copy whose numbers lie in order.
+Tensor in_order(const Tensor& given) { return given.is_contiguous() ? given : torch::stable::contiguous(given); }
+
 // Products of `count` weights, each with rows of its own; `first` is the first of them.
 void multiply_all(const Product& first, int64_t count) {
-  const int64_t panels = (first.outputs + WIDTH - 1) / WIDTH;
+  const int64_t panels = panels_for(first.outputs);
   torch::stable::parallel_for(0, count * panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin / panels; k * panels < end; ++k) {
       Product p = first;
@@ -143,7 +149,7 @@ Tensor pack_panels(const Tensor& weight) {
   const int64_t last = weight.dim() - 1;
   STD_TORCH_CHECK(
       1 <= last && last + 1 < MOST_DIMS && is_plain(weight), "weight: contiguous float32 matrices on the CPU");
-  const int64_t outputs = weight.size(last - 1), inputs = weight.size(last), panels = (outputs + WIDTH - 1) / WIDTH;
+  const int64_t outputs = weight.size(last - 1), inputs = weight.size(last), panels = panels_for(outputs);
   STD_TORCH_CHECK(outputs > 0 && inputs > 0, "weight: not empty");
   int64_t sizes[MOST_DIMS];
   for (int64_t d = 0; d < last - 1; ++d) sizes[d] = weight.size(d);
@@ -165,11 +171,12 @@ Tensor pack_panels(const Tensor& weight) {
 
 // [..., inputs] to [..., outputs], by the weight whose panels begin at `offset` in a block.
 Tensor panel_linear(
-    const Tensor& given, const Tensor& block, int64_t offset, const std::optional<Tensor>& bias, int64_t outputs) {
-  const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
-  const int64_t last = x.dim() - 1, inputs = last < 0 ? 0 : x.size(last);
-  STD_TORCH_CHECK(0 <= last && last < MOST_DIMS && inputs > 0 && is_plain(x), "x: float32, of one to eight dimensions");
-  const int64_t size = (outputs + WIDTH - 1) / WIDTH * WIDTH * inputs;
+    const Tensor& given, const Tensor& block, int64_t offset, int64_t inputs, const std::optional<Tensor>& bias,
+    int64_t outputs) {
+  const Tensor x = in_order(given);
+  const int64_t last = x.dim() - 1, size = panels_for(outputs) * WIDTH * inputs;
+  STD_TORCH_CHECK(0 <= last && last < MOST_DIMS && is_plain(x), "x: float32, of one to eight dimensions");
+  STD_TORCH_CHECK(x.size(last) == inputs, "x: as many inputs as the weight has");
   STD_TORCH_CHECK(
       is_plain(block) && 0 <= offset && 0 < size && offset + size <= block.numel(), "block: holds the weight's panels");
   STD_TORCH_CHECK(!bias || (bias->numel() == outputs && is_plain(*bias)), "bias: float32, one for each output");
@@ -183,12 +190,12 @@ Tensor panel_linear(
 
 // Rows [K, rows, inputs], panels of K weights and biases [K, outputs] to [K, rows, outputs].
 Tensor panel_products(const Tensor& given, const Tensor& panels, const Tensor& bias) {
-  const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
+  const Tensor x = in_order(given);
   STD_TORCH_CHECK(panels.dim() == 4 && panels.size(3) == WIDTH && is_plain(panels), "panels: as pack_panels makes them");
   const int64_t count = panels.size(0), inputs = panels.size(2);
   STD_TORCH_CHECK(bias.dim() == 2 && bias.size(0) == count && is_plain(bias), "bias: float32, one row for each weight");
   const int64_t outputs = bias.size(1);
-  STD_TORCH_CHECK(panels.size(1) == (outputs + WIDTH - 1) / WIDTH, "bias: as many as the packed weights have outputs");
+  STD_TORCH_CHECK(panels.size(1) == panels_for(outputs), "bias: as many as the packed weights have outputs");
   STD_TORCH_CHECK(
       x.dim() == 3 && x.size(0) == count && x.size(2) == inputs && is_plain(x), "x: float32, rows for each weight");
   const int64_t rows = x.size(1), sizes[] = {count, rows, outputs};
@@ -201,11 +208,11 @@ Tensor panel_products(const Tensor& given, const Tensor& panels, const Tensor& b
 
 // The doors for code that torch generates: without looking the operations up by their names at every call.
 extern "C" AOTITorchError aoti_torch_cpu_panel_linear(
-    AtenTensorHandle x, AtenTensorHandle block, int64_t offset, AtenTensorHandle* bias, int64_t outputs,
-    AtenTensorHandle* result) {
+    AtenTensorHandle x, AtenTensorHandle block, int64_t offset, int64_t inputs, AtenTensorHandle* bias,
+    int64_t outputs, AtenTensorHandle* result) {
   return through_door(result, [&] {
     const std::optional<Tensor> added = bias ? std::optional(borrowed(*bias)) : std::nullopt;
-    return panel_linear(borrowed(x), borrowed(block), offset, added, outputs);
+    return panel_linear(borrowed(x), borrowed(block), offset, inputs, added, outputs);
   });
 }
 
@@ -219,7 +226,7 @@ int64_t panel_width() { return WIDTH; }
 STABLE_TORCH_LIBRARY_FRAGMENT(gorgon, library) {
   library.def("panel_width() -> int");
   library.def("pack_panels(Tensor weight) -> Tensor");
-  library.def("panel_linear(Tensor x, Tensor block, int offset, Tensor? bias, int outputs) -> Tensor");
+  library.def("panel_linear(Tensor x, Tensor block, int offset, int inputs, Tensor? bias, int outputs) -> Tensor");
   library.def("panel_products(Tensor x, Tensor panels, Tensor bias) -> Tensor");
 }
 

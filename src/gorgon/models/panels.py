@@ -35,7 +35,9 @@ class PanelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
-        result: Tensor = torch.ops.gorgon.panel_linear(x, self.block, self.offset, self.bias, self.out_features)
+        result: Tensor = torch.ops.gorgon.panel_linear(
+            x, self.block, self.offset, self.in_features, self.bias, self.out_features
+        )
         return result
 
 
@@ -59,7 +61,7 @@ def join_products(graph: fx.GraphModule) -> None:
     runs: list[list[fx.Node]] = []
     ends: dict[tuple[fx.Node, fx.Node, int], list[fx.Node]] = {}  # by rows, block and place there: what may go on
     for node in graph.graph.find_nodes(op="call_function", target=product):
-        x, block, offset, bias, outputs = node.args
+        x, block, offset, inputs, bias, outputs = node.args
         if bias is not None:
             continue
         run = ends.pop((x, block, offset), None)
@@ -68,7 +70,7 @@ def join_products(graph: fx.GraphModule) -> None:
             runs.append(run)
         run.append(node)
         if outputs % width == 0:
-            ends[x, block, offset + panels_size(outputs, int(x.meta["example_value"].shape[-1]))] = run
+            ends[x, block, offset + panels_size(outputs, inputs)] = run
     for run in runs:
         if len(run) > 1:
             _join(graph.graph, run)
@@ -76,10 +78,10 @@ def join_products(graph: fx.GraphModule) -> None:
 
 
 def _join(graph: fx.Graph, run: Sequence[fx.Node]) -> None:
-    x, block, offset, bias, _ = run[0].args
+    x, block, offset, inputs, bias, _ = run[0].args
     outputs = [cast(int, node.args[-1]) for node in run]
     with graph.inserting_before(run[0]):
-        joined = graph.call_function(torch.ops.gorgon.panel_linear, (x, block, offset, bias, sum(outputs)))
+        joined = graph.call_function(torch.ops.gorgon.panel_linear, (x, block, offset, inputs, bias, sum(outputs)))
         ends = accumulate(outputs)
         for node, count, end in zip(run, outputs, ends, strict=True):
             node.replace_all_uses_with(graph.call_function(torch.narrow, (joined, -1, end - count, count)))
