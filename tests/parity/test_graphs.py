@@ -16,7 +16,6 @@ from gorgon.data.sample import generate_rows
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.dynamic import DynamicDrafter
 from gorgon.decode.engine import PLAIN, Engine
-from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.request import Request
 from gorgon.errors import MissingDependencyError
 from gorgon.models.backbone import load_backbone
@@ -83,7 +82,7 @@ def captured(engine, recorder=None, most=64):
 
 
 def drafters():
-    acceptance = AcceptanceCounts(3, NgramIndex([]).longest).fit()  # of nothing: every candidate is as likely
+    acceptance = AcceptanceCounts(3).fit()  # of nothing: every candidate is as likely
     return {
         "plain": PLAIN,
         "static": StaticDrafter(TREES["bushy + ngram"]),

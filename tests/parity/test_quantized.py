@@ -16,7 +16,6 @@ from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.dynamic import DynamicDrafter
 from gorgon.decode.engine import PLAIN, Engine
 from gorgon.decode.load import engine_on, load_engine
-from gorgon.decode.ngrams import NgramIndex
 from gorgon.errors import MissingDependencyError, ModelError
 from gorgon.models.backbone import load_backbone
 from gorgon.models.directory import write_model_directory
@@ -75,7 +74,7 @@ def test_the_tokens_of_transformers_on_the_same_weights(backbone, heads, asked, 
     backbone.run_steps(mode)
     engine = Engine(backbone, heads, PLAIN)
     accepted = 0
-    acceptance = AcceptanceCounts(len(heads), NgramIndex([]).longest).fit()  # of nothing: every candidate is as likely
+    acceptance = AcceptanceCounts(len(heads)).fit()  # of nothing: every candidate is as likely
     dynamic = DynamicDrafter(acceptance, Phrasebook(), nodes=10, threshold=1e-4, width=4)
     for drafter in (PLAIN, StaticDrafter(TREES["bushy + ngram"]), dynamic):
         found = engine.with_drafter(drafter).generate(asked, max_new_tokens=16, together=together)
@@ -162,7 +161,7 @@ def test_a_directory_tuned_with_other_weights_says_so(backbone, heads, tmp_path,
     model.mkdir()
     write_model_directory(model, heads=heads, backbone_dir=backbone.name, provenance={})
     entry = '{"batch_size": 1, "kind": "static", "ngram": 0, "paths": [[0]]}'
-    tree = '{"format": 3, "dtype": "float32", %s"trees": [' + entry + "]}"
+    tree = '{"format": 4, "dtype": "float32", %s"trees": [' + entry + "]}"
     (model / "tree.json").write_text(tree % "")
     engine_on(backbone, model)
     assert f"quantization none, here {backbone.quantization}" in capsys.readouterr().err

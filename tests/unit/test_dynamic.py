@@ -1,37 +1,63 @@
 """Dynamic trees against a literal construction, and the acceptance statistics behind them."""
 
 import itertools
+import json
 import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gorgon.core.acceptance import BINS, UNLISTED, Acceptance, AcceptanceCounts, bin_of, state_of
-from gorgon.core.phrasebook import ANOTHER, LEVELS, UNKNOWN, Phrasebook
+from gorgon.core.acceptance import (
+    BINS,
+    COPIED,
+    EVIDENCE,
+    LONGEST_MATCH,
+    NEUTRAL,
+    OFFERS,
+    UNLISTED,
+    Acceptance,
+    AcceptanceCounts,
+    bin_of,
+    evidence_of,
+)
+from gorgon.core.phrasebook import FREQUENCIES, LEVELS, Phrasebook
 from gorgon.core.tree import DraftTree
 from gorgon.decode.calibrate import accepted_depth
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.dynamic import DEEPEST, DynamicDrafter
-from gorgon.decode.ngrams import LONGEST_SUFFIX, NgramIndex
+from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.step import HeadChoices
 from gorgon.errors import ModelError
 
-STATES = 2 * LONGEST_SUFFIX + 1
 HEADS = 2
+TOKENS = 5
+
+
+def even(odds=0.0):
+    """Every candidate is as likely."""
+    by_head = ([[odds / 2] * n for _ in range(HEADS + 1)] for n in (BINS, LEVELS))
+    return Acceptance(*by_head, [[[0.0, 0.0]] * FREQUENCIES] * EVIDENCE, {})
 
 
 @st.composite
 def settings_of_a_step(draw):
     odds = st.floats(-2, 2)
-    tables = ([[draw(odds) for _ in range(n)] for _ in range(HEADS + 1)] for n in (BINS, STATES, LEVELS))
-    tokens = [draw(st.permutations(range(5)))[:3] for _ in range(HEADS)]
+    weights = st.randoms(use_true_random=False).map(lambda r: lambda *sizes: table(r, sizes))
+    make = draw(weights)
+    owns = draw(st.dictionaries(st.integers(0, TOKENS - 1), st.tuples(odds, odds), max_size=TOKENS))
+    acceptance = Acceptance(
+        make(HEADS + 1, BINS), make(HEADS + 1, LEVELS), make(EVIDENCE, FREQUENCIES, 2), owns
+    )  # fmt: skip
+    tokens = [draw(st.permutations(range(TOKENS)))[:3] for _ in range(HEADS)]
     logprobs = [sorted((draw(st.floats(-6, 0)) for _ in range(3)), reverse=True) for _ in range(HEADS)]
-    context = draw(st.lists(st.integers(0, 4), min_size=1, max_size=20))
-    phrase = st.lists(st.integers(0, 4), min_size=1, max_size=3).map(tuple)
-    usual = st.dictionaries(st.integers(0, 4), st.integers(2, LEVELS - 1), max_size=3)
-    phrasebook = Phrasebook(draw(st.dictionaries(phrase, usual, max_size=12)))
-    return Acceptance(*tables), HeadChoices(tokens, logprobs), context, phrasebook
+    text = st.lists(st.integers(0, TOKENS - 1), min_size=1, max_size=20)
+    return acceptance, HeadChoices(tokens, logprobs), draw(text), Phrasebook.of(draw(st.lists(text, max_size=4)))
+
+
+def table(random, sizes):
+    """Nested lists of log-odds."""
+    return [table(random, sizes[1:]) for _ in range(sizes[0])] if sizes else random.uniform(-1.5, 1.5)
 
 
 def literal_rates(acceptance, choices, context, phrasebook, depth):
@@ -39,24 +65,25 @@ def literal_rates(acceptance, choices, context, phrasebook, depth):
     index = NgramIndex(context)
     found = {}
     for size in range(1, depth + 1):
-        for path in itertools.product(range(5), repeat=size):
+        for path in itertools.product(range(TOKENS), repeat=size):
             product = 1.0
             for i, token in enumerate(path):
-                suffix = tuple([*context, *path[:i]][-LONGEST_SUFFIX:])
-                place, matched = index.find(suffix)
-                same = bool(matched) and index.tokens[place] == token
-                usual = phrasebook.usual(suffix)
-                level = UNKNOWN if usual is None else usual.get(token, ANOTHER)
+                suffix = tuple([*context, *path[:i]][-LONGEST_MATCH:])
+                longest, copies = index.offers(suffix)
                 if i < HEADS and token in choices.tokens[i]:
                     at = bin_of(choices.logprobs[i][choices.tokens[i].index(token)])
-                elif same or level > ANOTHER:
+                elif token in copies or token in phrasebook.levels(suffix).offered:
                     at = UNLISTED
                 else:
                     product = 0.0
                     break
+                matched, place = copies.get(token, (0, 0))
                 head = min(i, HEADS)
-                odds = acceptance.bins[head][at] + acceptance.states[head][state_of(matched, same)]
-                product /= 1 + math.exp(-odds - acceptance.levels[head][level])
+                odds = acceptance.bins[head][at] + acceptance.levels[head][phrasebook.levels(suffix)[token]]
+                evidence = acceptance.evidence[evidence_of(longest, matched, place)]
+                odds += evidence[phrasebook.frequency(token)][token in context]
+                odds += acceptance.tokens.get(token, NEUTRAL)[matched > 0]
+                product /= 1 + math.exp(-odds)
             if product > 0:
                 found[path] = product
     return found
@@ -85,13 +112,13 @@ def test_the_likeliest_nodes_are_drafted(setting, nodes):
 
 
 def test_without_heads_or_room_there_is_the_context_or_nothing():
-    even = Acceptance(*([[0.0] * n for _ in range(HEADS + 1)] for n in (BINS, STATES, LEVELS)))
     context = NgramIndex([1, 2, 3, 1, 2])
-    draft = DynamicDrafter(even, Phrasebook(), nodes=4, threshold=0.01, width=3).draft(2, None, context)
+    draft = DynamicDrafter(even(), Phrasebook(), nodes=4, threshold=0.01, width=3).draft(2, None, context)
     assert draft.tokens == [2, 3, 1, 2]
-    draft = DynamicDrafter(even, Phrasebook({(2,): {9: 5}}), nodes=4, threshold=0.3, width=3).draft(2, None, context)
+    phrasebook = Phrasebook.of([[2, 9]] * 3)
+    draft = DynamicDrafter(even(), phrasebook, nodes=4, threshold=0.3, width=3).draft(2, None, context)
     assert sorted(draft.tokens) == [2, 3, 9] and draft.parents == [0, 0, 0]
-    draft = DynamicDrafter(even, Phrasebook(), nodes=1, threshold=0.01, width=3).draft(2, None, context)
+    draft = DynamicDrafter(even(), Phrasebook(), nodes=1, threshold=0.01, width=3).draft(2, None, context)
     assert draft.tokens == [2]
 
 
@@ -107,30 +134,43 @@ def test_a_static_tree_drops_what_it_cannot_fill():
 
 
 def test_counts_become_rates_and_thin_cells_lean_on_what_the_heads_share():
-    counts = AcceptanceCounts(1, LONGEST_SUFFIX)
-    for head, often in ((0, 100), (1, 4)):
+    counts = AcceptanceCounts(1)
+    copied, other = evidence_of(1, 1), evidence_of(1)
+    for head, often in ((0, 200), (1, 4)):
         for i in range(often):
-            counts.add((head, 5, state_of(1, True), UNKNOWN), i % 5 > 0)
-            counts.add((head, 5, state_of(1, False), UNKNOWN), i % 50 == 49)
-            counts.add((head, 5, state_of(1, False), LEVELS - 1), i % 2 == 0)
+            counts.add((head, (7, 5, 0, copied, 0, 1)), i % 5 > 0)
+            counts.add((head, (7, 5, 0, other, 0, 1)), i % 50 == 49)
+            counts.add((head, (7, 5, LEVELS - 1, other, 0, 1)), i % 2 == 0)
+            counts.add((head, (8, 5, 0, copied, 0, 1)), i % 50 == 49)
     acceptance = counts.fit()
-    rates = acceptance.rates
-    assert rates[0][5][state_of(1, True)][UNKNOWN] == pytest.approx(0.8, abs=0.04)
-    assert rates[0][5][state_of(1, False)][UNKNOWN] < 0.06
-    assert rates[0][5][state_of(1, False)][LEVELS - 1] == pytest.approx(0.5, abs=0.05)
-    assert rates[0][5][state_of(1, True)][LEVELS - 1] > 0.8, "evidence adds up where it was never seen together"
-    assert rates[1][5][state_of(1, False)][UNKNOWN] < 0.25, "four observations lean on the other head's hundred"
-    assert all(0 < r < 1 for head in rates for bins in head for states in bins for r in states)
+
+    def rate(head, *clues):
+        return 1 / (1 + math.exp(-acceptance.odds(head, clues)))
+
+    assert rate(0, 7, 5, 0, copied, 0, 1) == pytest.approx(0.8, abs=0.04)
+    assert rate(0, 7, 5, 0, other, 0, 1) < 0.06
+    assert rate(0, 7, 5, LEVELS - 1, other, 0, 1) == pytest.approx(0.5, abs=0.05)
+    assert rate(0, 7, 5, LEVELS - 1, copied, 0, 1) > 0.8, "evidence adds up where it was never seen together"
+    assert rate(0, 8, 5, 0, copied, 0, 1) < 0.1, "a token that is rarely right when it is copied"
+    assert rate(1, 7, 5, 0, other, 0, 1) < 0.25, "four observations lean on the other head's hundred"
     assert counts.fit() == acceptance
 
 
-@pytest.mark.parametrize("key", ["bins", "states", "levels", None])
+def test_nothing_counted_is_an_even_table():
+    acceptance = AcceptanceCounts(HEADS).fit()
+    assert acceptance.heads == HEADS and acceptance.tokens == {}
+    assert acceptance.odds(HEADS, (3, 1, 2, EVIDENCE - 1, 4, 1)) == 0.0
+
+
+@pytest.mark.parametrize("key", ["bins", "levels", "evidence", "tokens", None])
 def test_an_acceptance_table_survives_json_and_a_broken_one_is_refused(key):
-    table = Acceptance(*([[0.5] * n for _ in range(HEADS + 1)] for n in (BINS, STATES, LEVELS)))
-    document = table.as_json()
-    assert Acceptance.of_json(document) == table
+    acceptance = Acceptance(**{**vars(even(0.5)), "tokens": {3: (0.25, -1.0), 70: (0.0, 2.0)}})
+    document = json.loads(json.dumps(acceptance.as_json()))
+    assert Acceptance.of_json(document) == acceptance
     if key is None:
         broken = [None, 3, {}, []]
+    elif key == "tokens":
+        broken = [{**document, key: value} for value in ([], {"x": [0, 0]}, {"3": [0]}, {"3": 1}, {"3": [1e9, 0]})]
     else:
         rows = document[key]
         changed = ([], rows[:-1], [row[:-1] for row in rows[:1]] + rows[1:], [["x"] * len(rows[0])] * len(rows),
@@ -141,10 +181,17 @@ def test_an_acceptance_table_survives_json_and_a_broken_one_is_refused(key):
             Acceptance.of_json(one)
 
 
-def test_bins_are_ordered_and_states_distinct():
+def test_bins_are_ordered_and_evidence_is_distinct():
     assert [bin_of(x) for x in (-100, -0.0001)] == [1, BINS - 1]
-    states = [state_of(m, same) for m in range(1, LONGEST_SUFFIX + 1) for same in (True, False)]
-    assert sorted([0, *states]) == list(range(STATES))
+    none = [evidence_of(longest) for longest in range(LONGEST_MATCH + 1)]
+    copied = [
+        evidence_of(longest, matched, place)
+        for longest in range(1, LONGEST_MATCH + 1)
+        for matched in range(1, longest + 1)
+        for place in range(OFFERS)
+    ]
+    assert len({*none, *copied}) == len(none) + len(copied)
+    assert max(none) < COPIED <= min(copied) and max(copied) < EVIDENCE
 
 
 def test_accepted_depth_follows_the_text():

@@ -3,15 +3,14 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gorgon.decode.ngrams import LONGEST_SUFFIX, NgramIndex
+from gorgon.core.acceptance import LONGEST_MATCH, OFFERS
+from gorgon.decode.ngrams import NgramIndex
 
 
-def literal(context, suffix, length):
-    for size in range(min(LONGEST_SUFFIX, len(suffix)), 0, -1):
-        for start in range(len(context) - size - 1, -1, -1):
-            if context[start : start + size] == suffix[-size:]:
-                return context[start + size : start + size + length], size
-    return [], 0
+def literal(context, suffix, size):
+    """Places after the last `size` tokens of `suffix`, latest first."""
+    ends = range(len(context) - 1, size - 1, -1)
+    return [end for end in ends if len(suffix) >= size and context[end - size : end] == suffix[-size:]]
 
 
 @given(st.lists(st.lists(st.integers(0, 4), max_size=6), max_size=8), st.integers(1, 6))
@@ -20,17 +19,23 @@ def test_the_latest_match_of_the_longest_suffix_is_continued(pieces, length):
     for piece in pieces:
         index.extend(piece)
         context += piece
-        assert index.propose(length) == literal(context, context, length)[0]
+        found = [places for size in range(LONGEST_MATCH, 0, -1) if (places := literal(context, context, size))]
+        assert index.propose(length) == (context[found[0][0] : found[0][0] + length] if found else [])
+        assert index.tokens == context and index.present == set(context)
 
 
-@given(st.lists(st.integers(0, 4), max_size=30), st.lists(st.integers(0, 4), min_size=1, max_size=3))
-def test_drafted_tokens_extend_the_suffix_and_not_the_context(context, drafted):
+@given(st.lists(st.integers(0, 4), max_size=30), st.lists(st.integers(0, 4), max_size=3))
+def test_all_that_followed_a_suffix_is_offered(context, drafted):
     index = NgramIndex(context)
-    place, matched = index.find((*index.tail(), *drafted)[-LONGEST_SUFFIX:])
-    following, size = literal(context, [*context, *drafted], 1)
-    assert matched == size
-    assert index.tokens[place : place + 1] == following if matched else True
-    assert index.tokens == context
+    suffix = [*context, *drafted][-LONGEST_MATCH:]
+    longest, expected = 0, {}
+    for size in range(LONGEST_MATCH, 0, -1):
+        following = list(dict.fromkeys(context[place] for place in literal(context, suffix, size)))[:OFFERS]
+        longest = longest or (size if following else 0)
+        for place, token in enumerate(following):
+            expected.setdefault(token, (size, place))
+    assert index.offers(tuple(suffix)) == (longest, expected)
+    assert index.tokens == context, "drafted tokens extend the suffix and not the context"
 
 
 def test_nothing_is_proposed_for_a_new_token():

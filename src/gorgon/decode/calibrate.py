@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gorgon.core.acceptance import AcceptanceCounts
+from gorgon.core.acceptance import LONGEST_MATCH, AcceptanceCounts
 from gorgon.core.draft import Draft
 from gorgon.core.heads import MedusaHeads
 from gorgon.core.loss import head_labels, label_ranks
@@ -21,7 +21,7 @@ from gorgon.core.rank_stats import Position
 from gorgon.decode.drafts import Drafter
 from gorgon.decode.dynamic import candidates, listed
 from gorgon.decode.engine import Engine
-from gorgon.decode.ngrams import LONGEST_SUFFIX, NgramIndex
+from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.step import HeadChoices
 from gorgon.errors import Interrupted
 from gorgon.interrupts import requested
@@ -144,7 +144,7 @@ def count_acceptance(
     recordings: Sequence[Recording], heads: int, width: int, phrasebook: Phrasebook
 ) -> AcceptanceCounts:
     """Counts every candidate that a dynamic tree of the first `heads` heads could have had at a right node."""
-    counts = AcceptanceCounts(heads, LONGEST_SUFFIX)
+    counts = AcceptanceCounts(heads)
     for recording in recordings:
         context = NgramIndex(recording.prompt_ids)
         answer = recording.answer_ids
@@ -153,9 +153,9 @@ def count_acceptance(
             suffix, by_depth = context.tail(), listed(choices, heads, width)
             for depth in range(min(heads + BEYOND, len(answer) - 1 - i)):
                 true = answer[i + 1 + depth]
-                for token, bin_, state, level in candidates(by_depth, depth, suffix, context, phrasebook):
-                    counts.add((min(depth, heads), bin_, state, level), token == true)
-                suffix = (*suffix[1 - LONGEST_SUFFIX :], true)
+                for clues in candidates(by_depth, depth, suffix, context, phrasebook):
+                    counts.add((min(depth, heads), clues), clues[0] == true)
+                suffix = (*suffix[1 - LONGEST_MATCH :], true)
     return counts
 
 

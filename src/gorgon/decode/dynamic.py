@@ -1,6 +1,6 @@
 """The dynamic tree: in every step the nodes most likely to be accepted, by heads, context and phrasebook together.
 
-A node's children are the choices of the head for its depth, the token that the context offers behind the node's own
+A node's children are the choices of the head for its depth, the tokens that the context offers behind the node's own
 path, and the usual continuations of that path. So a copied name or a common phrase goes on under any node that begins
 it, and a token that several propose is one node. Nodes are taken best first by the product of their acceptance rates
 (`core.acceptance`), until the tree is full or the best that is left is not worth its time.
@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from math import exp
 
-from gorgon.core.acceptance import UNLISTED, Acceptance, bin_of, state_of
+from gorgon.core.acceptance import LONGEST_MATCH, UNLISTED, Acceptance, Clues, bin_of, evidence_of
 from gorgon.core.draft import Draft
-from gorgon.core.phrasebook import ANOTHER, LONGEST, UNKNOWN, Phrasebook
-from gorgon.decode.ngrams import LONGEST_SUFFIX, NgramIndex
+from gorgon.core.phrasebook import LONGEST, Phrasebook
+from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.step import HeadChoices
 
 DEEPEST = 12
 """Depth beyond which no chain is followed: deeper tokens are accepted too rarely to be worth looking up."""
-Listed = list[tuple[int, int]]
-"""A head's choices: token and bin."""
+Listed = dict[int, int]
+"""A head's choices: token -> bin."""
+NOTHING: Listed = {}
 
 
 def listed(choices: HeadChoices | None, heads: int, width: int) -> list[Listed]:
@@ -28,33 +30,30 @@ def listed(choices: HeadChoices | None, heads: int, width: int) -> list[Listed]:
     if choices is None:
         return []
     return [
-        [(token, bin_of(p)) for token, p in zip(found[:width], logprobs, strict=False)]
+        dict(zip(found[:width], map(bin_of, logprobs), strict=False))
         for found, logprobs in zip(choices.tokens[:heads], choices.logprobs, strict=False)
     ]
 
 
 def candidates(
     by_depth: Sequence[Listed], depth: int, suffix: tuple[int, ...], context: NgramIndex, phrasebook: Phrasebook
-) -> list[tuple[int, int, int, int]]:
-    """(token, bin, state, level) of everything that is proposed behind a node at this depth whose path ends so."""
-    place, matched = context.find(suffix)
-    offered = context.tokens[place] if matched else -1
-    same, other = state_of(matched, True), state_of(matched, False)
-    usual = phrasebook.usual(suffix)
-    usual, absent = (usual, ANOTHER) if usual is not None else ({}, UNKNOWN)
-    found = []
-    seen = set()
-    if depth < len(by_depth):
-        for token, bin_ in by_depth[depth]:
-            found.append((token, bin_, same if token == offered else other, usual.get(token, absent)))
-            seen.add(token)
-    if offered >= 0 and offered not in seen:
-        found.append((offered, UNLISTED, same, usual.get(offered, absent)))
-        seen.add(offered)
-    for token, level in usual.items():
-        if token not in seen:
-            found.append((token, UNLISTED, other, level))
-    return found
+) -> list[Clues]:
+    """Everything that is proposed behind a node at this depth whose path ends so, each token once."""
+    head = by_depth[depth] if depth < len(by_depth) else NOTHING
+    longest, copies = context.offers(suffix)
+    levels, present, frequency = phrasebook.levels(suffix), context.present, phrasebook.frequency
+    none = evidence_of(longest)
+    return [
+        (
+            token,
+            head.get(token, UNLISTED),
+            levels[token],
+            evidence_of(longest, *copies[token]) if token in copies else none,
+            frequency(token),
+            int(token in present),
+        )
+        for token in dict.fromkeys((*head, *copies, *levels.offered))
+    ]
 
 
 class DynamicDrafter:
@@ -73,7 +72,6 @@ class DynamicDrafter:
         self.acceptance, self.phrasebook = acceptance, phrasebook
         self.nodes, self.threshold, self.width = nodes, threshold, width
         self.heads = acceptance.heads
-        self._rates = acceptance.rates
 
     def draft(self, root: int, choices: HeadChoices | None, context: NgramIndex | None) -> Draft:
         """The best nodes behind `root`."""
@@ -90,7 +88,7 @@ class DynamicDrafter:
             node = draft.add(token, parent)
             depth = draft.depths[node]
             if depth < DEEPEST and draft.nodes < self.nodes:
-                self._grow(heap, by_depth, node, depth, -rate, (*suffix[1 - context.longest :], token), context)
+                self._grow(heap, by_depth, node, depth, -rate, (*suffix[1 - LONGEST_MATCH :], token), context)
         return draft
 
     def _grow(
@@ -104,11 +102,11 @@ class DynamicDrafter:
         context: NgramIndex,
     ) -> None:
         """Puts a node's children that are worth their time on the heap."""
-        rates, least = self._rates[min(depth, self.heads)], self.threshold
-        for token, bin_, state, level in candidates(by_depth, depth, suffix, context, self.phrasebook):
-            mine = rate * rates[bin_][state][level]
+        odds, head, least = self.acceptance.odds, min(depth, self.heads), self.threshold
+        for clues in candidates(by_depth, depth, suffix, context, self.phrasebook):
+            mine = rate / (1 + exp(-odds(head, clues)))
             if mine >= least:
-                heappush(heap, (-mine, node, token, suffix))
+                heappush(heap, (-mine, node, clues[0], suffix))
 
 
-assert LONGEST <= LONGEST_SUFFIX, "a node's path is remembered as far as the context looks back"
+assert LONGEST <= LONGEST_MATCH, "a node's path is remembered as far as the context looks back"

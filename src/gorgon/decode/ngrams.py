@@ -1,4 +1,4 @@
-"""Continuations copied from the context: what followed when the latest tokens last occurred.
+"""Continuations copied from the context: what followed when the latest tokens occurred before.
 
 Text-to-SQL copies table and column names, so the context often says what comes next (prompt lookup decoding).
 """
@@ -7,43 +7,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-LONGEST_SUFFIX = 4
-"""Suffixes of this many tokens down to one are looked up; longer ones hardly ever decide (docs/lab-notes.md)."""
+from gorgon.core.acceptance import LONGEST_MATCH, OFFERS
 
 
 class NgramIndex:
-    """Where every n-gram of a growing context last occurred. Constant time per appended token and per lookup."""
+    """Where the n-grams of a growing context occurred. Constant time per appended token and per lookup."""
 
-    def __init__(self, tokens: Sequence[int] = (), longest: int = LONGEST_SUFFIX) -> None:
-        self.longest = longest
+    def __init__(self, tokens: Sequence[int] = ()) -> None:
         self.tokens: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}
+        self.present = set[int]()  # the same as a set
+        # By n-gram the places after it whose tokens differ, latest first, and of each token the latest.
+        self._after: dict[tuple[int, ...], list[int]] = {}
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Appends decided tokens to the context."""
+        context, after = self.tokens, self._after
         for token in tokens:
-            end = len(self.tokens)
-            for size in range(1, min(self.longest, end) + 1):
-                self._after[tuple(self.tokens[end - size : end])] = end
-            self.tokens.append(token)
+            end = len(context)
+            for size in range(1, min(LONGEST_MATCH, end) + 1):
+                ngram = tuple(context[end - size :])
+                places = after.get(ngram)
+                if places is None:
+                    after[ngram] = [end]
+                else:
+                    others = [place for place in places if context[place] != token]
+                    after[ngram] = [end, *others[: OFFERS - 1]]
+            context.append(token)
+            self.present.add(token)
 
     def tail(self) -> tuple[int, ...]:
-        """The latest tokens, as many as a suffix may have."""
-        return tuple(self.tokens[-self.longest :])
+        """The latest tokens, as many as a match may have."""
+        return tuple(self.tokens[-LONGEST_MATCH:])
 
-    def find(self, suffix: tuple[int, ...]) -> tuple[int, int]:
-        """Where the longest ending of `suffix` last went on: (place in the context, tokens matched); (0, 0) if nowhere.
+    def offers(self, suffix: tuple[int, ...]) -> tuple[int, dict[int, tuple[int, int]]]:
+        """What followed the endings of `suffix`, which may end with drafted tokens that are not part of the context.
 
-        `suffix` may end with drafted tokens that are not part of the context.
+        Returns: tokens of the longest ending that occurred, 0 if none did; and by token the longest ending that it
+            followed, and its place, from 0, among the latest `OFFERS` different tokens that did.
         """
-        for size in range(min(self.longest, len(suffix)), 0, -1):
-            place = self._after.get(suffix[-size:])
-            if place is not None:
-                return place, size
-        return 0, 0
+        longest, found = 0, dict[int, tuple[int, int]]()
+        for size in range(min(LONGEST_MATCH, len(suffix)), 0, -1):
+            places = self._after.get(suffix[-size:])
+            if places is not None:
+                longest = longest or size
+                for rank, place in enumerate(places):
+                    found.setdefault(self.tokens[place], (size, rank))
+        return longest, found
 
     def propose(self, length: int) -> list[int]:
-        """Up to `length` tokens that followed the longest matching suffix; [] when even the last token is new."""
-        place, size = self.find(self.tail())
-        return self.tokens[place : place + length] if size else []
+        """Up to `length` tokens that last followed the longest ending that occurred; [] when the last token is new."""
+        tail = self.tail()
+        for size in range(len(tail), 0, -1):
+            places = self._after.get(tail[-size:])
+            if places is not None:
+                return self.tokens[places[0] : places[0] + length]
+        return []

@@ -36,7 +36,7 @@ HEADS_TRIED = (1, 2, 3)
 phrasebook's help often enough."""
 HEADS_AT = 6
 """Nodes of the draft with which the cost of reading heads is measured."""
-COUNTED_ROWS = 20_000
+COUNTED_ROWS = 50_000
 """Training answers that are counted for the draft vocabulary and the phrasebook."""
 SHOWN = 512
 """Rank prefixes that tree.json keeps."""
