@@ -23,12 +23,15 @@ from gorgon.core.acceptance import (
 )
 from gorgon.core.phrasebook import FREQUENCIES, LEVELS, Phrasebook
 from gorgon.core.tree import DraftTree
+from gorgon.decode import growth
 from gorgon.decode.calibrate import accepted_depth
 from gorgon.decode.drafts import StaticDrafter
-from gorgon.decode.dynamic import DEEPEST, DynamicDrafter
+from gorgon.decode.dynamic import DynamicDrafter
+from gorgon.decode.growth import DEEPEST
 from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.step import HeadChoices
-from gorgon.errors import ModelError
+from gorgon.errors import MissingDependencyError, ModelError
+from gorgon.models.toolchain import cpp_compiler
 
 HEADS = 2
 TOKENS = 5
@@ -94,7 +97,7 @@ def literal_rates(acceptance, choices, context, phrasebook, depth):
 def test_the_likeliest_nodes_are_drafted(setting, nodes):
     acceptance, choices, context, phrasebook = setting
     drafter = DynamicDrafter(acceptance, phrasebook, nodes=nodes, threshold=0.05, width=3)
-    draft = drafter.draft(context[-1], choices, NgramIndex(context))
+    draft = drafter.grow(context[-1], choices, NgramIndex(context))
     possible = {p: r for p, r in literal_rates(acceptance, choices, context, phrasebook, 4).items() if r >= 0.05}
     paths = {}
     for node in range(1, draft.nodes):
@@ -109,6 +112,34 @@ def test_the_likeliest_nodes_are_drafted(setting, nodes):
     elif shallow and len(shallow) == len(paths):
         left_out = [r for p, r in possible.items() if p not in shallow]
         assert min(possible[p] for p in shallow) >= max(left_out, default=0) - 1e-12
+
+
+@pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")
+@settings(max_examples=200)
+@given(settings_of_a_step(), st.integers(1, 64), st.floats(1e-3, 0.9), st.integers(0, 3), st.integers(1, 3))
+def test_compiled_code_grows_the_same_tree(setting, nodes, threshold, heads, width):
+    acceptance, choices, context, phrasebook = setting
+    drafter = DynamicDrafter(acceptance, phrasebook, nodes=nodes, threshold=threshold, width=width)
+    given = HeadChoices(choices.tokens[:heads], choices.logprobs[:heads]) if heads else None
+    index = NgramIndex(context)
+    assert drafter._growth is not None
+    assert drafter.draft(context[-1], given, index) == drafter.grow(context[-1], given, index)
+
+
+def test_without_a_compiler_trees_grow_in_python(monkeypatch):
+    monkeypatch.setattr("gorgon.decode.dynamic.growth_works", lambda: False)
+    drafter = DynamicDrafter(even(), Phrasebook(), nodes=4, threshold=0.01, width=3)
+    assert drafter.draft(2, None, NgramIndex([1, 2, 3, 1, 2])).tokens == [2, 3, 1, 2]
+
+
+def test_a_compiler_that_fails_is_reported_and_done_without(monkeypatch, caplog):
+    def fails():
+        raise MissingDependencyError("the C++ compiler failed: no memory")
+
+    monkeypatch.setattr(growth, "_library", fails)
+    monkeypatch.setattr(growth, "cpp_compiler", lambda: "g++")
+    assert growth.growth_works.__wrapped__() is False
+    assert "no memory" in caplog.text
 
 
 def test_without_heads_or_room_there_is_the_context_or_nothing():

@@ -21,7 +21,7 @@ def test_the_latest_match_of_the_longest_suffix_is_continued(pieces, length):
         context += piece
         found = [places for size in range(LONGEST_MATCH, 0, -1) if (places := literal(context, context, size))]
         assert index.propose(length) == (context[found[0][0] : found[0][0] + length] if found else [])
-        assert index.tokens == context and index.present == set(context)
+        assert list(index.tokens) == context and index.present == set(context)
 
 
 @given(st.lists(st.integers(0, 4), max_size=30), st.lists(st.integers(0, 4), max_size=3))
@@ -35,7 +35,7 @@ def test_all_that_followed_a_suffix_is_offered(context, drafted):
         for place, token in enumerate(following):
             expected.setdefault(token, (size, place))
     assert index.offers(tuple(suffix)) == (longest, expected)
-    assert index.tokens == context, "drafted tokens extend the suffix and not the context"
+    assert list(index.tokens) == context, "drafted tokens extend the suffix and not the context"
 
 
 def test_nothing_is_proposed_for_a_new_token():

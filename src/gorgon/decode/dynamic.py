@@ -15,11 +15,10 @@ from math import exp
 from gorgon.core.acceptance import LONGEST_MATCH, UNLISTED, Acceptance, Clues, bin_of, evidence_of
 from gorgon.core.draft import Draft
 from gorgon.core.phrasebook import LONGEST, Phrasebook
+from gorgon.decode.growth import DEEPEST, Growth, growth_works
 from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.step import HeadChoices
 
-DEEPEST = 12
-"""Depth beyond which no chain is followed: deeper tokens are accepted too rarely to be worth looking up."""
 Listed = dict[int, int]
 """A head's choices: token -> bin."""
 NOTHING: Listed = {}
@@ -57,7 +56,10 @@ def candidates(
 
 
 class DynamicDrafter:
-    """Grows a tree of at most `nodes` nodes, none of which is accepted less often than `threshold`."""
+    """Grows a tree of at most `nodes` nodes, none of which is accepted less often than `threshold`.
+
+    Where there is a C++ compiler the growing is done by compiled code, to the same result.
+    """
 
     copies = True
 
@@ -72,10 +74,20 @@ class DynamicDrafter:
         self.acceptance, self.phrasebook = acceptance, phrasebook
         self.nodes, self.threshold, self.width = nodes, threshold, width
         self.heads = acceptance.heads
+        self._growth = Growth(acceptance, phrasebook, nodes, threshold) if growth_works() else None
 
     def draft(self, root: int, choices: HeadChoices | None, context: NgramIndex | None) -> Draft:
         """The best nodes behind `root`."""
         assert context is not None
+        if self._growth is None:
+            return self.grow(root, choices, context)
+        if choices is None:
+            return self._growth.draft(context.tokens, [], [])
+        tokens = [row[: self.width] for row in choices.tokens[: self.heads]]
+        return self._growth.draft(context.tokens, tokens, [row[: self.width] for row in choices.logprobs[: self.heads]])
+
+    def grow(self, root: int, choices: HeadChoices | None, context: NgramIndex) -> Draft:
+        """The same in Python."""
         draft = Draft([root])
         if self.nodes == 1:
             return draft

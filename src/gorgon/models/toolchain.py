@@ -31,7 +31,9 @@ def cpp_compiler() -> str | None:
     return next((path for path in found if path), None) if headers.is_file() else None
 
 
-def build_library(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> Path:
+def build_library(
+    name: str, sources: Sequence[Path], headers: Sequence[Path] = (), options: Sequence[str] = ()
+) -> Path:
     """Compiles sources for this processor and torch's stable interface, unless that was done before.
 
     The library lies beside what torch's code generator keeps, under a name that says what it was made of. It appears
@@ -46,7 +48,7 @@ def build_library(name: str, sources: Sequence[Path], headers: Sequence[Path] = 
             "no C++ compiler with Python's headers is here", hint="install g++ and python3-dev"
         )
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    flags = ["-O3", native, "-std=c++20", "-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags = ["-O3", native, "-std=c++20", "-shared", "-fPIC", "-DTORCH_TARGET_VERSION=0x020a000000000000", *options]
     torch_dir = Path(torch.__file__).parent
     # What the compiler defines names itself, its version and the processor's instructions.
     defined = _run([compiler, native, "-dM", "-E", "-x", "c++", os.devnull])
@@ -61,7 +63,7 @@ def build_library(name: str, sources: Sequence[Path], headers: Sequence[Path] = 
     library = Path(cache_dir()) / "gorgon" / f"{name}-{key}.so"
     if not library.is_file():
         library.parent.mkdir(parents=True, exist_ok=True)
-        log.info("building our kernels with %s", compiler)
+        log.info("building our %s with %s", name, compiler)
         with tempfile.TemporaryDirectory(dir=library.parent) as directory:
             made = Path(directory) / library.name
             _run([compiler, *flags, f"-I{torch_dir / 'include'}", *map(str, sources), "-o", str(made),

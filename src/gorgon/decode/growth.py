@@ -1,0 +1,153 @@
+"""The growing of a dynamic tree as compiled code: what `growth.cpp` is told, and what it says.
+
+In Python a tree of ten nodes takes a tenth of a millisecond, which is a tenth of a small model's step on a CPU, and
+with many sequences together a part of every step on a GPU.
+Shapes: K heads, W choices of a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import weakref
+from array import array
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_double, c_int32, c_int64, c_uint8, c_uint64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gorgon.core.acceptance import BINS, LONGEST_MATCH, NEUTRAL, OFFERS, Acceptance
+from gorgon.core.acceptance import BORDERS as BIN_BORDERS
+from gorgon.core.draft import MOST_NODES, Draft
+from gorgon.core.phrasebook import BORDERS, CONTINUATIONS, FREQUENCIES, LEVELS, LONGEST, Phrasebook
+from gorgon.errors import MissingDependencyError
+from gorgon.models.toolchain import build_library, cpp_compiler
+
+log = logging.getLogger(__name__)
+DEEPEST = 12
+"""Depth beyond which no chain is followed: deeper tokens are accepted too rarely to be worth looking up."""
+NOBODY = -1
+"""No token."""
+SIZES = {
+    "LONGEST": LONGEST, "CONTINUATIONS": CONTINUATIONS, "LEVELS": LEVELS, "FREQUENCIES": FREQUENCIES, "BINS": BINS,
+    "LONGEST_MATCH": LONGEST_MATCH, "OFFERS": OFFERS, "DEEPEST": DEEPEST, "MOST_NODES": MOST_NODES,
+}  # fmt: skip
+
+
+@cache
+def growth_works() -> bool:
+    """Whether there is a C++ compiler, and it builds the code; if it fails to, a warning says why."""
+    if cpp_compiler() is None:
+        return False
+    try:
+        _library()
+    except MissingDependencyError as error:
+        log.warning("trees grow in Python, which takes longer: %s", error)
+        return False
+    return True
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    source = Path(__file__).with_name("growth.cpp")
+    exact = "-ffp-contract=off"  # a fused product and sum rounds once where Python rounds twice
+    options = [exact, *(f"-D{name}={size}" for name, size in SIZES.items())]
+    library = ctypes.CDLL(str(build_library("growth", [source], options=options)))
+    library.gorgon_book.restype = c_void_p
+    library.gorgon_close_book.argtypes = [c_void_p]
+    library.gorgon_close_book.restype = None
+    library.gorgon_draft.restype = c_int64
+    return library
+
+
+class _Book:
+    """A phrasebook in compiled memory, made once however many drafters use it."""
+
+    def __init__(self, phrasebook: Phrasebook) -> None:
+        self.phrasebook = phrasebook  # so that no other gets its id while this lives
+        found = phrasebook.phrases
+        endings = [(*phrase[::-1], *[NOBODY] * (LONGEST - len(phrase))) for phrase in found]
+        rows = [[(*f.counts, *[NOBODY] * (CONTINUATIONS - len(f.counts))) for f in found.values()]]
+        rows.append([(*f.counts.values(), *[0] * (CONTINUATIONS - len(f.counts))) for f in found.values()])
+        size = max(phrasebook.tokens, default=-1) + 1
+        library = _library()
+        self.handle = library.gorgon_book(
+            c_int64(len(found)),
+            _array(c_int32, _flat(endings)),
+            _array(c_int32, [f.total for f in found.values()]),
+            _array(c_int32, [f.distinct for f in found.values()]),
+            *(_array(c_int32, _flat(row)) for row in rows),
+            c_int64(size),
+            _array(c_double, [phrasebook.share(token) for token in range(size + 1)]),
+            _array(c_uint8, [phrasebook.frequency(token) for token in range(size + 1)]),
+            _array(c_double, BORDERS),
+        )
+        weakref.finalize(self, library.gorgon_close_book, self.handle)
+
+    @classmethod
+    def of(cls, phrasebook: Phrasebook) -> _Book:
+        """The phrasebook's."""
+        found = _BOOKS.get(id(phrasebook))
+        if found is None:
+            found = _BOOKS[id(phrasebook)] = cls(phrasebook)
+        return found
+
+
+_BOOKS: weakref.WeakValueDictionary[int, _Book] = weakref.WeakValueDictionary()
+"""By the phrasebook's id."""
+
+
+class _Tables(Structure):
+    """An `Acceptance` as compiled code reads it. The pointers keep their arrays alive."""
+
+    _fields_ = (
+        *((name, POINTER(c_double)) for name in ("borders", "bins", "levels", "evidence", "tokens")),
+        *((name, c_int64) for name in ("heads", "vocabulary")),
+    )
+
+    @classmethod
+    def of(cls, acceptance: Acceptance) -> _Tables:
+        """The table's."""
+        size = max(acceptance.tokens, default=-1) + 1
+        own = _flat(acceptance.tokens.get(token, NEUTRAL) for token in range(size))
+        evidence = _flat(_flat(table) for table in acceptance.evidence)
+        numbers = BIN_BORDERS, _flat(acceptance.bins), _flat(acceptance.levels), evidence, own
+        return cls(*(_array(c_double, row) for row in numbers), acceptance.heads, size)
+
+
+class Growth:
+    """Grows trees of at most `nodes` nodes, none of which is accepted less often than `threshold`.
+
+    Invariant: equal to `DynamicDrafter.grow`.
+    """
+
+    def __init__(self, acceptance: Acceptance, phrasebook: Phrasebook, nodes: int, threshold: float) -> None:
+        """Raises: MissingDependencyError when the code cannot be built."""
+        self._draft = _library().gorgon_draft
+        self._book, self._tables = _Book.of(phrasebook), _Tables.of(acceptance)
+        self._given = c_void_p(self._book.handle), ctypes.byref(self._tables)
+        self._limits = c_int64(nodes), c_double(threshold)
+
+    def draft(self, context: array[int], tokens: Sequence[list[int]], logprobs: Sequence[list[float]]) -> Draft:
+        """The draft behind a context of at least one token.
+
+        Args: tokens, logprobs: [K][W], the heads' choices.
+        """
+        address, length = context.buffer_info()
+        heads, width = len(tokens), len(tokens[0]) if tokens else 0
+        listed, likely = _array(c_int32, _flat(tokens)), _array(c_double, _flat(logprobs))
+        result = (c_uint64 * (4 * MOST_NODES))()
+        count = self._draft(
+            *self._given, c_void_p(address), c_int64(length), listed, likely, c_int64(heads), c_int64(width),
+            *self._limits, result,
+        )  # fmt: skip
+        return Draft(*(result[at : at + count] for at in range(0, 4 * MOST_NODES, MOST_NODES)))
+
+
+def _flat(rows: Any) -> list[Any]:
+    return [value for row in rows for value in row]
+
+
+def _array(kind: Any, values: Sequence[Any]) -> Any:
+    return (kind * len(values))(*values)
