@@ -144,7 +144,7 @@ class Oracle:
         self.tree, self.nodes, self.answers, self.right = tree, tree.nodes, answers, right
 
     def draft(self, root, choices, context):
-        tree, tokens = self.tree, context.tokens
+        tree, tokens = self.tree, context.tokens.tolist()
         known = [(p, a) for p, a in self.answers if tokens[: len(p)] == list(p)]
         prompt, answer = max(known, key=lambda pair: len(pair[0]))
         at = len(tokens) - len(prompt)
