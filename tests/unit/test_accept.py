@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gorgon.core.accept import accept, ancestors
+from gorgon.core.accept import accept
 from gorgon.core.draft import Draft
 from tests.unit.test_tree import trees
 
@@ -19,7 +19,7 @@ def accepted(tokens, choices, parents):
     flat_4BN = torch.tensor(draft.flat(draft.nodes)).view(4, 1, draft.nodes)
     tokens_BN, parents_BN, depths_BN, bits_BN = flat_4BN.unbind(0)
     choices_BN = torch.tensor([choices])
-    best_B, path_BP = accept(tokens_BN, choices_BN, parents_BN, depths_BN, ancestors(bits_BN), max(draft.depths) + 1)
+    best_B, path_BP = accept(tokens_BN, choices_BN, parents_BN, depths_BN, bits_BN, max(draft.depths) + 1)
     node = int(best_B)
     return path_BP[0, : draft.depths[node] + 1].tolist(), choices[node]
 

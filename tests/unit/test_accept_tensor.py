@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gorgon.core.accept import accept, ancestors
+from gorgon.core.accept import accept
 from gorgon.core.draft import FILLER, MOST_NODES, Draft
 from gorgon.core.tree import DraftTree
 from gorgon.decode.inputs import Inputs
@@ -39,7 +39,7 @@ def accepted(drafts, choices, *, nodes=None, deeper=0):
     batch = Inputs(torch.device("cpu")).drafts(drafts, nodes)
     tokens_BN, parents_BN, depths_BN, bits_BN = batch.flat_4BN.unbind(0)
     choices_BN = torch.tensor([c + [0] * (batch.nodes - len(c)) for c in choices])
-    return accept(tokens_BN, choices_BN, parents_BN, depths_BN, ancestors(bits_BN), batch.longest + deeper)
+    return accept(tokens_BN, choices_BN, parents_BN, depths_BN, bits_BN, batch.longest + deeper)
 
 
 @settings(max_examples=150)
@@ -91,5 +91,5 @@ def test_the_largest_draft_uses_the_sign_bit_of_its_ancestors():
 def test_it_never_waits_for_the_device():
     """Tensors without storage: reading one value, or a shape that depends on values, would raise."""
     flat_BN = torch.empty(3, 7, dtype=torch.int64, device="meta")
-    best_B, path_BP = accept(flat_BN, flat_BN, flat_BN, flat_BN, ancestors(flat_BN), 4)
+    best_B, path_BP = accept(flat_BN, flat_BN, flat_BN, flat_BN, flat_BN, 4)
     assert best_B.shape == (3,) and path_BP.shape == (3, 4)

@@ -26,7 +26,7 @@ def ancestors(bits_BN: Tensor) -> Tensor:
 
 
 def accept(
-    tokens_BN: Tensor, choices_BN: Tensor, parents_BN: Tensor, depths_BN: Tensor, ancestors_BNN: Tensor, longest: int
+    tokens_BN: Tensor, choices_BN: Tensor, parents_BN: Tensor, depths_BN: Tensor, bits_BN: Tensor, longest: int
 ) -> tuple[Tensor, Tensor]:
     """The deepest node whose every token on the way is the backbone's choice at its parent, and the path to it.
 
@@ -36,6 +36,7 @@ def accept(
         tokens_BN: int64, drafted tokens; a negative one matches nothing.
         choices_BN: int64, the backbone's choice after each node.
         parents_BN: int64, index of each node's parent; the root's is 0.
+        bits_BN: int64, bit j of node i is set when j is i or on its way to the root.
         longest: P, at least the deepest node's depth + 1.
     Returns: best_B int64, the deepest accepted node, the longer branch winning where two hold the same tokens, the
         earlier one in a tie; path_BP int64, the nodes from the root to it by depth, 0 behind it.
@@ -44,15 +45,14 @@ def accept(
     nodes = tokens_BN.shape[1]
     right_BN = tokens_BN == choices_BN.gather(1, parents_BN)
     right_BN = right_BN | (depths_BN == 0) & (tokens_BN >= 0)
-    accepted_BN = (right_BN[:, None, :] | ~ancestors_BNN).all(-1)
     order_N = torch.arange(nodes, device=tokens_BN.device)
-    score_BN = torch.where(accepted_BN, depths_BN * nodes + (nodes - 1 - order_N), -1)
+    wrong_B1 = ((~right_BN).long() << order_N).sum(1, keepdim=True)
+    score_BN = torch.where(bits_BN & wrong_B1 == 0, depths_BN * nodes + (nodes - 1 - order_N), -1)
     best_B = score_BN.argmax(1)
-    on_path_BN = ancestors_BNN[torch.arange(len(best_B), device=best_B.device), best_B]
-    depths_P = torch.arange(longest, device=tokens_BN.device)
-    here_BPN = on_path_BN[:, None, :] & (depths_BN[:, None, :] == depths_P[:, None])
-    path_BP = (here_BPN * order_N).sum(-1)
-    return best_B, path_BP
+    on_path_BN = (bits_BN.gather(1, best_B[:, None]) >> order_N) & 1
+    place_BN = torch.where(on_path_BN == 1, depths_BN, longest)  # the others' is dropped
+    path_BP = tokens_BN.new_zeros(len(best_B), longest + 1).scatter(1, place_BN, order_N.expand_as(place_BN))
+    return best_B, path_BP[:, :longest]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gorgon.core.accept import accept, ancestors
+from gorgon.core.accept import accept
 from gorgon.core.draft import Draft
 from gorgon.core.heads import Layer, MedusaHeads, PackedHeads, batched_products, read_heads
 from gorgon.decode.inputs import DraftBatch, Inputs
@@ -255,7 +255,7 @@ def _settle(
     tokens_BN, parents_BN, depths_BN, bits_BN = flat_4BN.unbind(0)
     top_BN = backbone.logits(hidden_BNH).max(dim=-1)  # cheaper than argmax; both take the first of equals
     chosen_BN = top_BN.indices if choices_BN is None else choices_BN
-    best_B, path_BP = accept(tokens_BN, chosen_BN, parents_BN, depths_BN, ancestors(bits_BN), longest)
+    best_B, path_BP = accept(tokens_BN, chosen_BN, parents_BN, depths_BN, bits_BN, longest)
     if longest > 1:
         cache.keep(lengths_B, path_BP)
     rows_B = torch.arange(len(best_B), device=best_B.device)
