@@ -192,10 +192,11 @@ class Stepper:
             self.backbone.forward_prompt(cache, tokens_1T[:, :1], start_1, start + 1)
         # A single token has a shape of its own to the compiler, and is not worth compiling for.
         given = tokens_1T, start_1, visible, self._end.flat_4BN
-        if len(tokens) > 1:
-            hidden_11H, packed = self.functions(cache).prompt(*given)
-        else:
-            hidden_11H, packed = _prompt(self.backbone, *given, *cache.buffers, self._reads)
+        with self.backbone.last_row.wanted():
+            if len(tokens) > 1:
+                hidden_11H, packed = self.functions(cache).prompt(*given)
+            else:
+                hidden_11H, packed = _prompt(self.backbone, *given, *cache.buffers, self._reads)
         if choose is None:
             return hidden_11H, self._decided(packed.tolist(), self._end.longest)[0]
         return hidden_11H, self.settle(cache, self._end, start_1, hidden_11H, choose(hidden_11H))[0]

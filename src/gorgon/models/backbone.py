@@ -25,6 +25,7 @@ from gorgon.models.compiler import Binder, StepFunction, pick_mode, step_functio
 from gorgon.models.families import attention_of, refuse_mismatch, refuse_other_results, refuse_unsupported
 from gorgon.models.graphs import CudaRecorder, Graphs
 from gorgon.models.kernels import kernels_work
+from gorgon.models.last_row import LastRow
 from gorgon.models.linear import lay_out_linear_weights
 from gorgon.models.masks import additive, prompt_spans, prompt_visibility, tree_spans, tree_visibility, within
 from gorgon.models.quantize import quantizer
@@ -97,6 +98,7 @@ class Backbone:
     Attributes:
         kernels: whether our own kernels run its steps (`models.kernels`).
         spans: whether its layers are told what nodes see as spans (`models.attention`), not as masks.
+        last_row: how a prompt is read of which only the last row is wanted.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Backbone:
     graphs: Graphs | None = None
     kernels: bool = False
     spans: bool = False
+    last_row: LastRow = field(default_factory=LastRow)
     _functions: dict[StepFunction, Binder] = field(default_factory=dict)
 
     @property
@@ -249,6 +252,7 @@ class Backbone:
         self.kernels = self.device.type == "cpu" and self.dtype == torch.float32 and kernels_work()
         if self.kernels and not self.spans:
             self._attend_over_spans()
+        self.last_row.use(self)
 
     def _attend_over_spans(self) -> None:
         """From now on attention is our own kernel's, unless the model needs more than it has (`families`)."""
