@@ -1,5 +1,6 @@
 """Dynamic trees against a literal construction, and the acceptance statistics behind them."""
 
+import gc
 import itertools
 import json
 import math
@@ -30,7 +31,8 @@ from gorgon.decode.dynamic import DynamicDrafter
 from gorgon.decode.growth import DEEPEST
 from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.step import HeadChoices
-from gorgon.errors import MissingDependencyError, ModelError
+from gorgon.errors import MissingDependencyError, ModelError, ShapeError
+from gorgon.models import toolchain
 from gorgon.models.toolchain import cpp_compiler
 
 HEADS = 2
@@ -46,12 +48,10 @@ def even(odds=0.0):
 @st.composite
 def settings_of_a_step(draw):
     odds = st.floats(-2, 2)
-    weights = st.randoms(use_true_random=False).map(lambda r: lambda *sizes: table(r, sizes))
-    make = draw(weights)
+    random = draw(st.randoms(use_true_random=False))
     owns = draw(st.dictionaries(st.integers(0, TOKENS - 1), st.tuples(odds, odds), max_size=TOKENS))
-    acceptance = Acceptance(
-        make(HEADS + 1, BINS), make(HEADS + 1, LEVELS), make(EVIDENCE, FREQUENCIES, 2), owns
-    )  # fmt: skip
+    sizes = (HEADS + 1, BINS), (HEADS + 1, LEVELS), (EVIDENCE, FREQUENCIES, 2)
+    acceptance = Acceptance(*(table(random, each) for each in sizes), owns)
     tokens = [draw(st.permutations(range(TOKENS)))[:3] for _ in range(HEADS)]
     logprobs = [sorted((draw(st.floats(-6, 0)) for _ in range(3)), reverse=True) for _ in range(HEADS)]
     text = st.lists(st.integers(0, TOKENS - 1), min_size=1, max_size=20)
@@ -126,6 +126,22 @@ def test_compiled_code_grows_the_same_tree(setting, nodes, threshold, heads, wid
     assert drafter.draft(context[-1], given, index) == drafter.grow(context[-1], given, index)
 
 
+@pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")
+def test_what_compiled_code_reads_is_made_once_and_goes_with_its_drafters():
+    acceptance, phrasebook, before = even(), Phrasebook.of([[1, 2, 3]] * 3), len(growth._MADE)
+    drafters = [DynamicDrafter(acceptance, phrasebook, nodes=n, threshold=0.1, width=3) for n in (4, 8)]
+    assert len(growth._MADE) == before + 2
+    del drafters
+    gc.collect()
+    assert len(growth._MADE) <= before
+
+
+@pytest.mark.parametrize("nodes", [-1, 0, 65, 1000])
+def test_a_number_of_nodes_that_no_draft_can_have_is_refused(nodes):
+    with pytest.raises(ShapeError, match="nodes"):
+        DynamicDrafter(even(), Phrasebook(), nodes=nodes, threshold=0.1, width=3)
+
+
 def test_without_a_compiler_trees_grow_in_python(monkeypatch):
     monkeypatch.setattr("gorgon.decode.dynamic.growth_works", lambda: False)
     drafter = DynamicDrafter(even(), Phrasebook(), nodes=4, threshold=0.01, width=3)
@@ -137,7 +153,7 @@ def test_a_compiler_that_fails_is_reported_and_done_without(monkeypatch, caplog)
         raise MissingDependencyError("the C++ compiler failed: no memory")
 
     monkeypatch.setattr(growth, "_library", fails)
-    monkeypatch.setattr(growth, "cpp_compiler", lambda: "g++")
+    monkeypatch.setattr(toolchain, "cpp_compiler", lambda: "g++")
     assert growth.growth_works.__wrapped__() is False
     assert "no memory" in caplog.text
 

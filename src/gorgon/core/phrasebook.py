@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from gorgon.errors import ModelError
@@ -76,14 +77,15 @@ class Phrasebook:
     phrases: Mapping[Phrase, Following] = field(default_factory=dict)
     tokens: Mapping[int, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_total", sum(self.tokens.values()) + MORE)
-        object.__setattr__(self, "_levels", {})
-        object.__setattr__(self, "_frequencies", {t: bisect_right(COMMON, self.share(t)) for t in self.tokens})
+    _levels: dict[Phrase, Levels] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    _total: int = field(init=False, repr=False, compare=False)
-    _levels: dict[Phrase, Levels] = field(init=False, repr=False, compare=False)
-    _frequencies: dict[int, int] = field(init=False, repr=False, compare=False)
+    @cached_property
+    def _total(self) -> int:
+        return sum(self.tokens.values()) + MORE
+
+    @cached_property
+    def _frequencies(self) -> dict[int, int]:
+        return {token: bisect_right(COMMON, self.share(token)) for token in self.tokens}
 
     @staticmethod
     def of(answers: Iterable[Sequence[int]]) -> Phrasebook:
@@ -153,8 +155,9 @@ class Phrasebook:
             raise ModelError("a token of the phrasebook is not in the vocabulary", field="phrases", value=max(tokens),
                              allowed=f"0 to {vocab_size - 1}")  # fmt: skip
         for phrase, found in phrases.items():
-            if not (1 <= len(found.counts) <= found.distinct and sum(found.counts.values()) <= found.total):
-                raise ModelError("the counts of the phrasebook contradict each other", field="phrases", value=phrase,
+            kept = 1 <= len(found.counts) <= min(found.distinct, CONTINUATIONS) and 1 <= len(phrase) <= LONGEST
+            if not (kept and sum(found.counts.values()) <= found.total):
+                raise ModelError("the phrasebook is malformed: no phrase is counted so", field="phrases", value=phrase,
                                  hint="run `gorgon tune` again")  # fmt: skip
         return Phrasebook(phrases, counted)
 

@@ -13,24 +13,25 @@ from heapq import heappop, heappush
 from math import exp
 
 from gorgon.core.acceptance import LONGEST_MATCH, UNLISTED, Acceptance, Clues, bin_of, evidence_of
-from gorgon.core.draft import Draft
+from gorgon.core.draft import MOST_NODES, Draft
 from gorgon.core.phrasebook import LONGEST, Phrasebook
 from gorgon.decode.growth import DEEPEST, Growth, growth_works
 from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.step import HeadChoices
+from gorgon.errors import ShapeError
 
 Listed = dict[int, int]
 """A head's choices: token -> bin."""
 NOTHING: Listed = {}
+NO_CHOICES = HeadChoices([], [])
 
 
 def listed(choices: HeadChoices | None, heads: int, width: int) -> list[Listed]:
     """The first `width` choices of the first `heads` heads."""
-    if choices is None:
-        return []
+    given = choices or NO_CHOICES
     return [
         dict(zip(found[:width], map(bin_of, logprobs), strict=False))
-        for found, logprobs in zip(choices.tokens[:heads], choices.logprobs, strict=False)
+        for found, logprobs in zip(given.tokens[:heads], given.logprobs, strict=False)
     ]
 
 
@@ -68,9 +69,14 @@ class DynamicDrafter:
     ) -> None:
         """Args:
         acceptance: what the drafts' acceptance depends on; it says how many heads are read.
+        nodes: from 1 to `MOST_NODES`.
         threshold: least product of rates along a node's path, in (0, 1).
         width: choices of each head that are looked at.
+        Raises: ShapeError for another number of nodes.
         """
+        if not 1 <= nodes <= MOST_NODES:
+            raise ShapeError("a tree cannot have so many nodes", field="nodes", value=nodes,
+                             allowed=f"1 to {MOST_NODES}", hint="run `gorgon tune` again")  # fmt: skip
         self.acceptance, self.phrasebook = acceptance, phrasebook
         self.nodes, self.threshold, self.width = nodes, threshold, width
         self.heads = acceptance.heads
@@ -81,10 +87,9 @@ class DynamicDrafter:
         assert context is not None
         if self._growth is None:
             return self.grow(root, choices, context)
-        if choices is None:
-            return self._growth.draft(context.tokens, [], [])
-        tokens = [row[: self.width] for row in choices.tokens[: self.heads]]
-        return self._growth.draft(context.tokens, tokens, [row[: self.width] for row in choices.logprobs[: self.heads]])
+        found = choices or NO_CHOICES
+        tokens = [row[: self.width] for row in found.tokens[: self.heads]]
+        return self._growth.draft(context.tokens, tokens, [row[: self.width] for row in found.logprobs[: self.heads]])
 
     def grow(self, root: int, choices: HeadChoices | None, context: NgramIndex) -> Draft:
         """The same in Python."""

@@ -220,7 +220,7 @@ thread_local uint32_t Growth::call_ = 0;
 }  // namespace
 
 // Args: endings: [phrases][LONGEST], from the last token to the first, NOBODY beyond; tokens, counts: [phrases]
-// [CONTINUATIONS], NOBODY where there are fewer; shares, frequencies: [vocabulary + 1].
+// [CONTINUATIONS], both NOBODY where there are fewer; shares, frequencies: [vocabulary + 1].
 extern "C" void* gorgon_book(
     int64_t phrases, const int32_t* endings, const int32_t* totals, const int32_t* distinct, const int32_t* tokens,
     const int32_t* counts, int64_t vocabulary, const double* shares, const uint8_t* frequencies,

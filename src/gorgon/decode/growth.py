@@ -8,10 +8,9 @@ Shapes: K heads, W choices of a head.
 from __future__ import annotations
 
 import ctypes
-import logging
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import POINTER, Structure, c_double, c_int32, c_int64, c_uint8, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -21,10 +20,8 @@ from gorgon.core.acceptance import BINS, LONGEST_MATCH, NEUTRAL, OFFERS, Accepta
 from gorgon.core.acceptance import BORDERS as BIN_BORDERS
 from gorgon.core.draft import MOST_NODES, Draft
 from gorgon.core.phrasebook import BORDERS, CONTINUATIONS, FREQUENCIES, LEVELS, LONGEST, Phrasebook
-from gorgon.errors import MissingDependencyError
-from gorgon.models.toolchain import build_library, cpp_compiler
+from gorgon.models.toolchain import build_library, can_build
 
-log = logging.getLogger(__name__)
 DEEPEST = 12
 """Depth beyond which no chain is followed: deeper tokens are accepted too rarely to be worth looking up."""
 NOBODY = -1
@@ -38,14 +35,7 @@ SIZES = {
 @cache
 def growth_works() -> bool:
     """Whether there is a C++ compiler, and it builds the code; if it fails to, a warning says why."""
-    if cpp_compiler() is None:
-        return False
-    try:
-        _library()
-    except MissingDependencyError as error:
-        log.warning("trees grow in Python, which takes longer: %s", error)
-        return False
-    return True
+    return can_build(_library, "trees grow in Python, which takes longer")
 
 
 @cache
@@ -62,40 +52,25 @@ def _library() -> ctypes.CDLL:
 
 
 class _Book:
-    """A phrasebook in compiled memory, made once however many drafters use it."""
+    """A phrasebook in compiled memory."""
 
     def __init__(self, phrasebook: Phrasebook) -> None:
-        self.phrasebook = phrasebook  # so that no other gets its id while this lives
-        found = phrasebook.phrases
-        endings = [(*phrase[::-1], *[NOBODY] * (LONGEST - len(phrase))) for phrase in found]
-        rows = [[(*f.counts, *[NOBODY] * (CONTINUATIONS - len(f.counts))) for f in found.values()]]
-        rows.append([(*f.counts.values(), *[0] * (CONTINUATIONS - len(f.counts))) for f in found.values()])
+        following = phrasebook.phrases.values()
         size = max(phrasebook.tokens, default=-1) + 1
         library = _library()
         self.handle = library.gorgon_book(
-            c_int64(len(found)),
-            _array(c_int32, _flat(endings)),
-            _array(c_int32, [f.total for f in found.values()]),
-            _array(c_int32, [f.distinct for f in found.values()]),
-            *(_array(c_int32, _flat(row)) for row in rows),
+            c_int64(len(following)),
+            _array(c_int32, _flat(_filled(phrase[::-1], LONGEST) for phrase in phrasebook.phrases)),
+            _array(c_int32, [f.total for f in following]),
+            _array(c_int32, [f.distinct for f in following]),
+            _array(c_int32, _flat(_filled(f.counts, CONTINUATIONS) for f in following)),
+            _array(c_int32, _flat(_filled(f.counts.values(), CONTINUATIONS) for f in following)),
             c_int64(size),
             _array(c_double, [phrasebook.share(token) for token in range(size + 1)]),
             _array(c_uint8, [phrasebook.frequency(token) for token in range(size + 1)]),
             _array(c_double, BORDERS),
         )
         weakref.finalize(self, library.gorgon_close_book, self.handle)
-
-    @classmethod
-    def of(cls, phrasebook: Phrasebook) -> _Book:
-        """The phrasebook's."""
-        found = _BOOKS.get(id(phrasebook))
-        if found is None:
-            found = _BOOKS[id(phrasebook)] = cls(phrasebook)
-        return found
-
-
-_BOOKS: weakref.WeakValueDictionary[int, _Book] = weakref.WeakValueDictionary()
-"""By the phrasebook's id."""
 
 
 class _Tables(Structure):
@@ -116,6 +91,19 @@ class _Tables(Structure):
         return cls(*(_array(c_double, row) for row in numbers), acceptance.heads, size)
 
 
+_MADE: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""What was made of the objects with these ids."""
+
+
+def _once(make: Callable[[Any], Any], source: Any) -> Any:
+    """What `make` makes of an object, once however many drafters use it."""
+    made = _MADE.get(id(source))
+    if made is None:
+        made = _MADE[id(source)] = make(source)
+        made.source = source  # so that no other object gets its id while this lives
+    return made
+
+
 class Growth:
     """Grows trees of at most `nodes` nodes, none of which is accepted less often than `threshold`.
 
@@ -125,7 +113,7 @@ class Growth:
     def __init__(self, acceptance: Acceptance, phrasebook: Phrasebook, nodes: int, threshold: float) -> None:
         """Raises: MissingDependencyError when the code cannot be built."""
         self._draft = _library().gorgon_draft
-        self._book, self._tables = _Book.of(phrasebook), _Tables.of(acceptance)
+        self._book, self._tables = _once(_Book, phrasebook), _once(_Tables.of, acceptance)
         self._given = c_void_p(self._book.handle), ctypes.byref(self._tables)
         self._limits = c_int64(nodes), c_double(threshold)
 
@@ -143,6 +131,12 @@ class Growth:
             *self._limits, result,
         )  # fmt: skip
         return Draft(*(result[at : at + count] for at in range(0, 4 * MOST_NODES, MOST_NODES)))
+
+
+def _filled(values: Iterable[int], size: int) -> list[int]:
+    """The values, and nobody behind them."""
+    given = list(values)
+    return given + [NOBODY] * (size - len(given))
 
 
 def _flat(rows: Any) -> list[Any]:

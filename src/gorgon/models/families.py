@@ -25,6 +25,8 @@ LAYERS = frozenset({"full_attention", "sliding_attention"})
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """Relative error of the trial's logits: rounding stays far below, a wrong mask or position far above."""
 
+FAILURES = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, AssertionError)
+"""How a model's own code fails when it is called otherwise than it expects."""
 TRIAL_WINDOW = 3
 """Length of a sliding window during the trial."""
 
@@ -107,16 +109,21 @@ def refuse_other_results(backbone: Backbone) -> None:
         _try_a_tree(backbone)
 
 
+def trial_tokens(backbone: Backbone, count: int) -> Tensor:
+    """Different tokens [1, N] from all over the vocabulary."""
+    return (torch.arange(1, count + 1, device=backbone.device) * (backbone.vocab_size // (count + 1)))[None]
+
+
 def _try_a_tree(backbone: Backbone) -> None:
     who = f"'{backbone.name}' ({backbone.text_config.model_type})"
     try:
-        ids_1N = (torch.arange(1, 7, device=backbone.device) * (backbone.vocab_size // 7))[None]
+        ids_1N = trial_tokens(backbone, 6)
         wanted_NV = backbone.model(input_ids=ids_1N, use_cache=False).logits[0]
         if not torch.isfinite(wanted_NV).all():
             return  # said where it matters, with what can be done about it
         plain_NV = backbone.logits(backbone.hidden(ids_1N)[0])
         through_a_tree_NV = _through_a_tree(backbone, ids_1N)
-    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, AssertionError) as error:
+    except FAILURES as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{who} cannot be decoded with trees: {first}", field="model") from error
     for ours_NV, what in (

@@ -7,7 +7,6 @@ to the last bit, what they compute for it in plain decoding: no sum depends on w
 from __future__ import annotations
 
 import ctypes
-import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gorgon.errors import MissingDependencyError
-from gorgon.models.toolchain import build_library, cpp_compiler
+from gorgon.models.toolchain import build_library, can_build
 
-log = logging.getLogger(__name__)
 HEADER = Path(__file__).with_name("kernels.h")
 SOURCES = tuple(HEADER.with_name(name) for name in ("panels.cpp", "attention.cpp"))
 
@@ -26,14 +23,7 @@ SOURCES = tuple(HEADER.with_name(name) for name in ("panels.cpp", "attention.cpp
 @cache
 def kernels_work() -> bool:
     """Whether there is a C++ compiler, and it builds the kernels; if it fails to, a warning says why."""
-    if cpp_compiler() is None:
-        return False
-    try:
-        load_kernels()
-    except MissingDependencyError as error:
-        log.warning("our own kernels are not used, so steps take longer: %s", error)
-        return False
-    return True
+    return can_build(load_kernels, "our own kernels are not used, so steps take longer")
 
 
 @cache

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gorgon.models.cache import TreeCache
+from gorgon.models.families import FAILURES, trial_tokens
 
 if TYPE_CHECKING:
     from gorgon.models.backbone import Backbone
@@ -55,7 +56,7 @@ class LastRow:
         try:
             with self.wanted():
                 same = torch.allclose(_last_of_prompt(backbone), whole_H, rtol=1e-2, atol=1e-3, equal_nan=True)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        except FAILURES as error:
             log.info("prompts are computed in full: %s", error)
             same = False
         if not same:
@@ -70,5 +71,5 @@ class LastRow:
 def _last_of_prompt(backbone: Backbone) -> Tensor:
     """Hidden state [H] after the last of a few tokens."""
     cache = TreeCache(int(backbone.text_config.num_hidden_layers), 1, TRIAL)
-    tokens_1T = (torch.arange(1, TRIAL + 1, device=backbone.device) * (backbone.vocab_size // (TRIAL + 1)))[None]
+    tokens_1T = trial_tokens(backbone, TRIAL)
     return backbone.forward_prompt(cache, tokens_1T, tokens_1T.new_zeros(1), TRIAL)[0, -1]

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +29,18 @@ def cpp_compiler() -> str | None:
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     found = (shutil.which(name) for name in (*names, "g++", "clang++"))
     return next((path for path in found if path), None) if headers.is_file() else None
+
+
+def can_build(build: Callable[[], object], without: str) -> bool:
+    """Whether there is a C++ compiler and `build` works; if it fails to, a warning says what is `without` it."""
+    if cpp_compiler() is None:
+        return False
+    try:
+        build()
+    except MissingDependencyError as error:
+        log.warning("%s: %s", without, error)
+        return False
+    return True
 
 
 def build_library(
