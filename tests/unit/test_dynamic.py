@@ -176,6 +176,9 @@ def test_a_static_tree_drops_what_it_cannot_fill():
     full = drafter.draft(2, choices, context)
     assert (full.tokens, full.parents) == ([2, 7, 9, 8, 3, 1, 2], [0, 0, 1, 0, 0, 4, 5])
     assert drafter.draft(5, choices, NgramIndex([1, 2, 5])).tokens == [5, 7, 9, 8]
+    untouched = NgramIndex([1, 2, 3, 1, 2])
+    assert StaticDrafter(DraftTree.of([(0,)])).draft(2, choices, untouched).tokens == [2, 7]
+    assert untouched._indexed == 0, "a tree without a branch does not pay for the index"
     alone = drafter.draft(2, None, context)
     assert (alone.tokens, alone.parents) == ([2, 3, 1, 2], [0, 0, 1, 2]), "without heads the copies alone"
 

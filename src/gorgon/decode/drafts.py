@@ -49,7 +49,8 @@ class StaticDrafter:
 
     def draft(self, root: int, choices: HeadChoices | None, context: NgramIndex | None) -> Draft:
         """The heads' tokens by rank, then what the context offers, as far as it goes."""
-        copied = [] if context is None else context.propose(self.tree.ngram)
+        # Looking up has the context indexed, so nothing is looked up without a branch.
+        copied = context.propose(self.tree.ngram) if context is not None and self.copies else []
         if self._places and not self._can_read(choices):  # the last step was drafted otherwise, for another batch size
             draft = Draft([root])
             for token in copied:
