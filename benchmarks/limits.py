@@ -110,7 +110,7 @@ def tree_of(nodes: int) -> DraftTree:
 def step_of(backbone: Backbone, nodes: int) -> Callable[[], None]:
     """One whole step on a context of CONTEXT tokens; the only place that knows how the engine makes one."""
     tree = tree_of(nodes)
-    shape = Draft([7])
+    shape = Draft(7)
     for parent in tree.parents[1:]:
         shape.add(9, parent)
     cache = TreeCache(int(backbone.text_config.num_hidden_layers), 1, CONTEXT + 64 + nodes)

@@ -71,10 +71,10 @@ def profile(model: Path, mode: Any, device: str) -> dict[str, dict[str, float]]:
     prompt = [5 + i % (backbone.vocab_size - 5) for i in range(CONTEXT)]
     bare.prompt(cache, prompt, 0)
     lengths, context = torch.tensor([CONTEXT], device=backbone.device), NgramIndex(prompt)
-    choices = HeadChoices([list(range(5, 5 + width))] * count, [[-0.3 - i for i in range(width)]] * count)
+    choices = HeadChoices.of([list(range(5, 5 + width))] * count, [[-0.3 - i for i in range(width)]] * count)
     found: dict[str, dict[str, float]] = {}
     for nodes in NODES:
-        draft = Draft([7])
+        draft = Draft(7)
         for i in range(nodes - 1):
             draft.add(9, max(0, i - 1))
         batch = Inputs(backbone.device).drafts([draft], nodes if engine.fixed_shapes else None)

@@ -71,7 +71,7 @@ def tiny(tmp_path_factory):
     steps = load_recipe(find_recipe("quickstart"), TINY, out).steps
     for name in ("prepare", "train-heads"):
         run_one(steps[name], out / name)
-    tree = {"format": 4, "trees": [{"batch_size": 1, "kind": "static", "paths": [[0]], "ngram": 2}]}
+    tree = {"format": 5, "trees": [{"batch_size": 1, "kind": "static", "paths": [[0]], "ngram": 2}]}
     (out / "train-heads" / "tree.json").write_text(json.dumps(tree))
     return out / "train-heads"
 

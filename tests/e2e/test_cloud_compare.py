@@ -16,7 +16,7 @@ from tests.page_support import HOSTILE, check_page
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("cloud")]
 MODEL, DATA = f"s3://{BUCKET}/model", f"s3://{BUCKET}/data"
 TREE = {
-    "format": 4, "device": "some GPU", "dtype": "bfloat16",
+    "format": 5, "device": "some GPU", "dtype": "bfloat16",
     "trees": [{"batch_size": 1, "kind": "dynamic", "nodes": 8, "threshold": 0.1, "mean_nodes": 6.2}],
     "cost_curves": {"1": [{"nodes": 1, "step_ms": 1.9}, {"nodes": 8, "step_ms": 2.4}]},
     "candidates": [
@@ -153,7 +153,7 @@ def measured(medusa, usd_per_hour=None):
     fact = {"endpoint": "e", "model": "s3://b/m", "engine": "vllm", "image": "me/vllm:0.30.0", "price": "unknown",
             "instance_type": "ml.g5.xlarge", "machines": 1, "usd_per_hour": usd_per_hour}  # fmt: skip
     return {
-        "data": "s3://b/data", "region": "us-east-1", "tuning": {"tree.json": {"format": 4, "trees": [{}]}},
+        "data": "s3://b/data", "region": "us-east-1", "tuning": {"tree.json": {"format": 5, "trees": [{}]}},
         "settings": {"prompts": 2, "trials": 1, "max_tokens": 8, "stop": []},
         "endpoints": dict.fromkeys(("base", "fine-tuned", "medusa"), fact),
         "answers": {"base": plain, "fine-tuned": plain, "medusa": [[answer(t, 0.5) for t in medusa]]},
@@ -185,8 +185,8 @@ def test_a_measurement_that_is_not_one_is_refused(tmp_path):
 
 def test_what_tuning_left_is_read_from_a_directory_too(tmp_path):
     assert read_tuning(str(tmp_path), None) == {}
-    (tmp_path / "tree.json").write_text('{"format": 4}')
-    assert read_tuning(str(tmp_path), None) == {"tree.json": {"format": 4}}
+    (tmp_path / "tree.json").write_text('{"format": 5}')
+    assert read_tuning(str(tmp_path), None) == {"tree.json": {"format": 5}}
     (tmp_path / "heads.json").write_text("{")
     with pytest.raises(DataError, match=r"heads\.json is not valid JSON"):
         read_tuning(str(tmp_path), None)

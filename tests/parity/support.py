@@ -153,7 +153,7 @@ class Oracle:
         for row, token in zip(table, answer[at:], strict=False):
             if rng.random() < self.right:
                 row[rng.randrange(tree.width)] = token
-        draft = Draft([root])
+        draft = Draft(root)
         for path, parent in zip(tree.paths, tree.parents[1:], strict=False):
             draft.add(table[len(path) - 1][path[-1]], parent)
         last = 0

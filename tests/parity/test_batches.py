@@ -146,7 +146,7 @@ def test_a_step_reads_the_heads_that_its_drafter_asks_for(backbone):
 
     class Watched(StaticDrafter):
         def draft(self, root, choices, context):
-            read.append((self.heads, 0 if choices is None else len(choices.tokens)))
+            read.append((self.heads, 0 if choices is None else choices.heads))
             return super().draft(root, choices, context)
 
     one = DraftTree.of([(0,)])

@@ -49,7 +49,7 @@ class Followers:
                 children.append(following)
 
     def draft(self, root, choices, context):
-        draft, level = Draft([root]), [0]
+        draft, level = Draft(root), [0]
         while level:
             level = [
                 draft.add(token, parent)

@@ -161,7 +161,7 @@ def test_a_directory_tuned_with_other_weights_says_so(backbone, heads, tmp_path,
     model.mkdir()
     write_model_directory(model, heads=heads, backbone_dir=backbone.name, provenance={})
     entry = '{"batch_size": 1, "kind": "static", "ngram": 0, "paths": [[0]]}'
-    tree = '{"format": 4, "dtype": "float32", %s"trees": [' + entry + "]}"
+    tree = '{"format": 5, "dtype": "float32", %s"trees": [' + entry + "]}"
     (model / "tree.json").write_text(tree % "")
     engine_on(backbone, model)
     assert f"quantization none, here {backbone.quantization}" in capsys.readouterr().err

@@ -99,17 +99,17 @@ def test_a_node_of_a_tree_has_the_bits_of_plain_decoding(mode):
 
     alone = TreeCache(4, 1, 100)
     stepper.prompt(alone, prompt, 0)
-    plain = [hidden([Draft([token])], [60 + at], alone)[0, 0] for at, token in enumerate(path)]
+    plain = [hidden([Draft(token)], [60 + at], alone)[0, 0] for at, token in enumerate(path)]
 
     together = TreeCache(4, 2, 100)
     stepper.prompt(together, prompt, 0)
-    draft, places = Draft(path[:1]), [0]
+    draft, places = Draft(path[0]), [0]
     for token in path[1:]:
         for _ in range(random.randrange(4)):
             draft.add(random.randrange(5, backbone.vocab_size), random.randrange(draft.nodes))
         places.append(draft.add(token, places[-1]))
     assert draft.nodes > len(path)
-    in_a_tree = hidden([draft, Draft([path[0]])], [60, 7], together)[0]
+    in_a_tree = hidden([draft, Draft(path[0])], [60, 7], together)[0]
     assert all(torch.equal(in_a_tree[place], wanted) for place, wanted in zip(places, plain, strict=True))
 
 

@@ -8,18 +8,19 @@ from hypothesis import strategies as st
 
 from gorgon.core.accept import accept
 from gorgon.core.draft import Draft
+from gorgon.decode.inputs import Inputs
 from tests.unit.test_tree import trees
 
 
 def accepted(tokens, choices, parents):
     """(nodes from the root to the deepest accepted one, the choice after it) of one tree."""
-    draft = Draft(tokens[:1])
+    draft = Draft(tokens[0])
     for token, parent in zip(tokens[1:], parents[1:], strict=True):
         draft.add(token, parent)
-    flat_4BN = torch.tensor(draft.flat(draft.nodes)).view(4, 1, draft.nodes)
-    tokens_BN, parents_BN, depths_BN, bits_BN = flat_4BN.unbind(0)
+    batch = Inputs(torch.device("cpu")).drafts([draft])
+    tokens_BN, parents_BN, depths_BN, bits_BN = batch.flat_4BN.unbind(0)
     choices_BN = torch.tensor([choices])
-    best_B, path_BP = accept(tokens_BN, choices_BN, parents_BN, depths_BN, bits_BN, max(draft.depths) + 1)
+    best_B, path_BP = accept(tokens_BN, choices_BN, parents_BN, depths_BN, bits_BN, batch.longest)
     node = int(best_B)
     return path_BP[0, : draft.depths[node] + 1].tolist(), choices[node]
 

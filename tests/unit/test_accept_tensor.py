@@ -29,7 +29,7 @@ def literally(draft, choices):
 
 
 def drafts_of(tree, tokens):
-    draft = Draft(tokens[:1])
+    draft = Draft(tokens[0])
     for token, parent in zip(tokens[1:], tree.parents[1:], strict=True):
         draft.add(token, parent)
     return draft
@@ -70,7 +70,7 @@ def test_of_two_right_branches_the_longer_wins_and_the_earlier_in_a_tie():
 
 
 def test_fillers_are_never_accepted_even_where_nothing_else_is():
-    draft = Draft([4])
+    draft = Draft(4)
     draft.add(3, 0)
     for choice in (FILLER, NOT_CHOSEN, 0):
         best_B, path_BP = accepted([draft], [[choice] * 8], nodes=8)
@@ -79,7 +79,7 @@ def test_fillers_are_never_accepted_even_where_nothing_else_is():
 
 def test_the_largest_draft_uses_the_sign_bit_of_its_ancestors():
     """Node 63 is the sign bit of a 64-bit integer."""
-    chain = Draft([1])
+    chain = Draft(1)
     for node in range(MOST_NODES - 1):
         chain.add(1, node)
     best_B, path_BP = accepted([chain], [[1] * MOST_NODES])

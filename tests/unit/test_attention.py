@@ -42,7 +42,7 @@ def by_mask(queries, keys, values, mask, scale=0.25):
 def trees(draw):
     """Bits and depths of a batch of drafts with as many nodes each, and their lengths."""
     batch, nodes = draw(st.integers(1, 3)), draw(st.integers(1, 64))
-    drafts = [Draft([0]) for _ in range(batch)]
+    drafts = [Draft(0) for _ in range(batch)]
     for draft in drafts:
         for node in range(1, nodes):
             draft.add(0, draw(st.integers(max(0, node - 4), node - 1)))

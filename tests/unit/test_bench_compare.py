@@ -79,7 +79,7 @@ def directories(tmp_path, monkeypatch):
     data.mkdir()
     shares = [{"path": [0], "share": 0.5}, {"path": [1], "share": 0.2}, {"path": [0, 0], "share": 0.3}]
     tree = {
-        "format": 4,
+        "format": 5,
         "trees": [{"batch_size": 1, "kind": "static", "paths": [[0], [0, 0], [1]], "ngram": 2, "nodes": 6,
                    "mean_nodes": 5.5, "tokens_per_step": 2.1, "step_ms": 2.4, "plain_step_ms": 1.9}],
         "cost_curves": {"1": [{"nodes": 1, "step_ms": 1.9}, {"nodes": 8, "step_ms": 2.4}]},

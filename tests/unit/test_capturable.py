@@ -57,10 +57,10 @@ class Capturable(TorchDispatchMode):
 
 @pytest.fixture
 def drafts():
-    draft = Draft([5])
+    draft = Draft(5)
     for parent in (0, 0, 1, 3):
         draft.add(7, parent)
-    return [draft, Draft([9]), draft]
+    return [draft, Draft(9), draft]
 
 
 def run(backbone, drafts, *, heads=0, sampled=False):

@@ -147,16 +147,16 @@ def test_an_empty_directory_is_no_model(tmp_path):
         ("{", ModelError),
         ('{"trees": []}', ModelError),
         ('{"format": 1, "trees": []}', ModelError),
-        ('{"format": 4}', ModelError),
-        ('{"format": 4, "trees": [{"batch_size": 1, "kind": "static", "paths": [[0, 0]], "ngram": 0}]}', ShapeError),
-        ('{"format": 4, "trees": [{"batch_size": 1, "kind": "static", "paths": 3, "ngram": 0}]}', ModelError),
-        ('{"format": 4, "trees": [{"batch_size": 1, "kind": "magic"}]}', ModelError),
+        ('{"format": 5}', ModelError),
+        ('{"format": 5, "trees": [{"batch_size": 1, "kind": "static", "paths": [[0, 0]], "ngram": 0}]}', ShapeError),
+        ('{"format": 5, "trees": [{"batch_size": 1, "kind": "static", "paths": 3, "ngram": 0}]}', ModelError),
+        ('{"format": 5, "trees": [{"batch_size": 1, "kind": "magic"}]}', ModelError),
         (
-            '{"format": 4, "trees": [{"batch_size": 1, "kind": "dynamic", "nodes": 4, "threshold": 0.1, "width": 2}]}',
+            '{"format": 5, "trees": [{"batch_size": 1, "kind": "dynamic", "nodes": 4, "threshold": 0.1, "width": 2}]}',
             ModelError,
         ),
         (
-            '{"format": 4, "trees": [{"batch_size": 1, "kind": "dynamic", "nodes": 4, "threshold": 0.1, "width": 2, '
+            '{"format": 5, "trees": [{"batch_size": 1, "kind": "dynamic", "nodes": 4, "threshold": 0.1, "width": 2, '
             '"acceptance": {"bins": [[2.0]], "levels": [[0.1]], "evidence": [], "tokens": {}}}]}',
             ModelError,
         ),

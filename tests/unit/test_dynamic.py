@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import math
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -16,11 +17,14 @@ from gorgon.core.acceptance import (
     LONGEST_MATCH,
     NEUTRAL,
     OFFERS,
+    PLACES,
+    STANDINGS,
     UNLISTED,
     Acceptance,
     AcceptanceCounts,
     bin_of,
     evidence_of,
+    standing_of,
 )
 from gorgon.core.phrasebook import FREQUENCIES, LEVELS, Phrasebook
 from gorgon.core.tree import DraftTree
@@ -42,20 +46,20 @@ TOKENS = 5
 def even(odds=0.0):
     """Every candidate is as likely."""
     by_head = ([[odds / 2] * n for _ in range(HEADS + 1)] for n in (BINS, LEVELS))
-    return Acceptance(*by_head, [[[0.0, 0.0]] * FREQUENCIES] * EVIDENCE, {})
+    return Acceptance(*by_head, [[0.0] * PLACES] * BINS, [[[0.0, 0.0]] * FREQUENCIES] * EVIDENCE, {})
 
 
 @st.composite
 def settings_of_a_step(draw):
     odds = st.floats(-2, 2)
-    random = draw(st.randoms(use_true_random=False))
+    random = Random(draw(st.integers(0, 2**32)))
     owns = draw(st.dictionaries(st.integers(0, TOKENS - 1), st.tuples(odds, odds), max_size=TOKENS))
-    sizes = (HEADS + 1, BINS), (HEADS + 1, LEVELS), (EVIDENCE, FREQUENCIES, 2)
+    sizes = (HEADS + 1, BINS), (HEADS + 1, LEVELS), (BINS, PLACES), (EVIDENCE, FREQUENCIES, 2)
     acceptance = Acceptance(*(table(random, each) for each in sizes), owns)
     tokens = [draw(st.permutations(range(TOKENS)))[:3] for _ in range(HEADS)]
     logprobs = [sorted((draw(st.floats(-6, 0)) for _ in range(3)), reverse=True) for _ in range(HEADS)]
     text = st.lists(st.integers(0, TOKENS - 1), min_size=1, max_size=20)
-    return acceptance, HeadChoices(tokens, logprobs), draw(text), Phrasebook.of(draw(st.lists(text, max_size=4)))
+    return acceptance, (tokens, logprobs), draw(text), Phrasebook.of(draw(st.lists(text, max_size=4)))
 
 
 def table(random, sizes):
@@ -73,8 +77,10 @@ def literal_rates(acceptance, choices, context, phrasebook, depth):
             for i, token in enumerate(path):
                 suffix = tuple([*context, *path[:i]][-LONGEST_MATCH:])
                 longest, copies = index.offers(suffix)
-                if i < HEADS and token in choices.tokens[i]:
-                    at = bin_of(choices.logprobs[i][choices.tokens[i].index(token)])
+                best, rank = bin_of(choices[1][i][0]) if i < HEADS else UNLISTED, PLACES - 1
+                if i < HEADS and token in choices[0][i]:
+                    rank = choices[0][i].index(token)
+                    at = bin_of(choices[1][i][rank])
                 elif token in copies or token in phrasebook.levels(suffix).offered:
                     at = UNLISTED
                 else:
@@ -82,7 +88,8 @@ def literal_rates(acceptance, choices, context, phrasebook, depth):
                     break
                 matched, place = copies.get(token, (0, 0))
                 head = min(i, HEADS)
-                odds = acceptance.bins[head][at] + acceptance.levels[head][phrasebook.levels(suffix)[token]]
+                odds = acceptance.bins[head][at] + acceptance.standings[best][rank]
+                odds += acceptance.levels[head][phrasebook.levels(suffix)[token]]
                 evidence = acceptance.evidence[evidence_of(longest, matched, place)]
                 odds += evidence[phrasebook.frequency(token)][token in context]
                 odds += acceptance.tokens.get(token, NEUTRAL)[matched > 0]
@@ -97,13 +104,13 @@ def literal_rates(acceptance, choices, context, phrasebook, depth):
 def test_the_likeliest_nodes_are_drafted(setting, nodes):
     acceptance, choices, context, phrasebook = setting
     drafter = DynamicDrafter(acceptance, phrasebook, nodes=nodes, threshold=0.05, width=3)
-    draft = drafter.grow(context[-1], choices, NgramIndex(context))
+    draft = drafter.grow(context[-1], HeadChoices.of(*choices), NgramIndex(context))
     possible = {p: r for p, r in literal_rates(acceptance, choices, context, phrasebook, 4).items() if r >= 0.05}
     paths = {}
     for node in range(1, draft.nodes):
         paths[node] = (*paths.get(draft.parents[node], ()), draft.tokens[node])
         assert draft.parents[node] < node and draft.depths[node] == len(paths[node]) <= DEEPEST
-        assert draft.bits[node] == 1 << node | draft.bits[draft.parents[node]]
+        assert draft.path(node) == [*draft.path(draft.parents[node]), node]
     assert len(set(paths.values())) == len(paths), "a token stands once under its parent"
     shallow = {p for p in paths.values() if len(p) <= 4}
     assert shallow <= set(possible)
@@ -120,7 +127,7 @@ def test_the_likeliest_nodes_are_drafted(setting, nodes):
 def test_compiled_code_grows_the_same_tree(setting, nodes, threshold, heads, width):
     acceptance, choices, context, phrasebook = setting
     drafter = DynamicDrafter(acceptance, phrasebook, nodes=nodes, threshold=threshold, width=width)
-    given = HeadChoices(choices.tokens[:heads], choices.logprobs[:heads]) if heads else None
+    given = HeadChoices.of(*(rows[:heads] for rows in choices)) if heads else None
     index = NgramIndex(context)
     assert drafter._growth is not None
     assert drafter.draft(context[-1], given, index) == drafter.grow(context[-1], given, index)
@@ -171,7 +178,7 @@ def test_without_heads_or_room_there_is_the_context_or_nothing():
 
 def test_a_static_tree_drops_what_it_cannot_fill():
     drafter = StaticDrafter(DraftTree.of([(0,), (1,), (0, 0)], ngram=3))
-    choices = HeadChoices([[7, 8], [9, 6]], [[-0.1, -3.0], [-0.2, -4.0]])
+    choices = HeadChoices.of([[7, 8], [9, 6]], [[-0.1, -3.0], [-0.2, -4.0]])
     context = NgramIndex([1, 2, 3, 1, 2])
     full = drafter.draft(2, choices, context)
     assert (full.tokens, full.parents) == ([2, 7, 9, 8, 3, 1, 2], [0, 0, 1, 0, 0, 4, 5])
@@ -185,34 +192,34 @@ def test_a_static_tree_drops_what_it_cannot_fill():
 
 def test_counts_become_rates_and_thin_cells_lean_on_what_the_heads_share():
     counts = AcceptanceCounts(1)
-    copied, other = evidence_of(1, 1), evidence_of(1)
+    copied, other, place = evidence_of(1, 1), evidence_of(1), standing_of(9, 1)
     for head, often in ((0, 200), (1, 4)):
         for i in range(often):
-            counts.add((head, (7, 5, 0, copied, 0, 1)), i % 5 > 0)
-            counts.add((head, (7, 5, 0, other, 0, 1)), i % 50 == 49)
-            counts.add((head, (7, 5, LEVELS - 1, other, 0, 1)), i % 2 == 0)
-            counts.add((head, (8, 5, 0, copied, 0, 1)), i % 50 == 49)
+            counts.add((head, (7, 5, place, 0, copied, 0, 1)), i % 5 > 0)
+            counts.add((head, (7, 5, place, 0, other, 0, 1)), i % 50 == 49)
+            counts.add((head, (7, 5, place, LEVELS - 1, other, 0, 1)), i % 2 == 0)
+            counts.add((head, (8, 5, place, 0, copied, 0, 1)), i % 50 == 49)
     acceptance = counts.fit()
 
     def rate(head, *clues):
         return 1 / (1 + math.exp(-acceptance.odds(head, clues)))
 
-    assert rate(0, 7, 5, 0, copied, 0, 1) == pytest.approx(0.8, abs=0.04)
-    assert rate(0, 7, 5, 0, other, 0, 1) < 0.06
-    assert rate(0, 7, 5, LEVELS - 1, other, 0, 1) == pytest.approx(0.5, abs=0.05)
-    assert rate(0, 7, 5, LEVELS - 1, copied, 0, 1) > 0.8, "evidence adds up where it was never seen together"
-    assert rate(0, 8, 5, 0, copied, 0, 1) < 0.1, "a token that is rarely right when it is copied"
-    assert rate(1, 7, 5, 0, other, 0, 1) < 0.25, "four observations lean on the other head's hundred"
+    assert rate(0, 7, 5, place, 0, copied, 0, 1) == pytest.approx(0.8, abs=0.04)
+    assert rate(0, 7, 5, place, 0, other, 0, 1) < 0.06
+    assert rate(0, 7, 5, place, LEVELS - 1, other, 0, 1) == pytest.approx(0.5, abs=0.05)
+    assert rate(0, 7, 5, place, LEVELS - 1, copied, 0, 1) > 0.8, "evidence adds up where it was never seen together"
+    assert rate(0, 8, 5, place, 0, copied, 0, 1) < 0.1, "a token that is rarely right when it is copied"
+    assert rate(1, 7, 5, place, 0, other, 0, 1) < 0.25, "four observations lean on the other head's hundred"
     assert counts.fit() == acceptance
 
 
 def test_nothing_counted_is_an_even_table():
     acceptance = AcceptanceCounts(HEADS).fit()
     assert acceptance.heads == HEADS and acceptance.tokens == {}
-    assert acceptance.odds(HEADS, (3, 1, 2, EVIDENCE - 1, 4, 1)) == 0.0
+    assert acceptance.odds(HEADS, (3, 1, STANDINGS - 1, 2, EVIDENCE - 1, 4, 1)) == 0.0
 
 
-@pytest.mark.parametrize("key", ["bins", "levels", "evidence", "tokens", None])
+@pytest.mark.parametrize("key", ["bins", "levels", "standings", "evidence", "tokens", None])
 def test_an_acceptance_table_survives_json_and_a_broken_one_is_refused(key):
     acceptance = Acceptance(**{**vars(even(0.5)), "tokens": {3: (0.25, -1.0), 70: (0.0, 2.0)}})
     document = json.loads(json.dumps(acceptance.as_json()))
@@ -246,6 +253,6 @@ def test_bins_are_ordered_and_evidence_is_distinct():
 
 def test_accepted_depth_follows_the_text():
     draft = StaticDrafter(DraftTree.of([(0,), (1,), (0, 0), (1, 0)])).draft(
-        5, HeadChoices([[7, 8], [9]], [[0, 0], [0]]), None
+        5, HeadChoices.of([[7, 8], [9, 6]], [[0, 0], [0, 0]]), None
     )
     assert [accepted_depth(draft, text) for text in ([7, 9], [8, 9, 1], [8, 7], [9], [7])] == [2, 2, 1, 0, 1]

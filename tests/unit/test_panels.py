@@ -126,19 +126,23 @@ def test_several_weights_at_once_are_each_as_alone(count, rows, inputs, outputs)
     alone = [torch.ops.gorgon.panel_linear(x[k], pack(weight[k]), 0, inputs, bias[k], outputs) for k in range(count)]
     assert torch.equal(found, torch.stack(alone))
     torch.testing.assert_close(found, x @ weight.mT + bias[:, None], rtol=1e-4, atol=1e-4)
+    halves = torch.ops.gorgon.pair_halves(pack(weight).bfloat16())
+    rounded = panel_products(x, pack(weight.bfloat16().float()), bias)
+    assert torch.equal(panel_products(x, halves, bias), rounded), "half the bytes are the upper half of the whole"
 
 
 @pytest.mark.parametrize("vocabulary", [None, torch.tensor([3, 5, 64])])
-def test_heads_in_panels_say_the_same(vocabulary):
+def test_heads_in_panels_say_the_same_with_half_their_bytes(vocabulary):
     torch.manual_seed(0)
     heads, hidden = MedusaHeads(4, 2, 48, 70).requires_grad_(False), torch.randn(3, 48)
     for parameter in heads.parameters():
         parameter.normal_()
     packed = PackedHeads.of(heads, 4, vocabulary)
+    rounded = [(weight.bfloat16().float(), bias) for weight, bias in packed.layers]
     for count in (1, 3, 4):
         some = in_panels(packed).first(count)
         found = read_heads(hidden, some.layers, panel_products)
-        torch.testing.assert_close(found, read_heads(hidden, packed.layers)[:count], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found, read_heads(hidden, rounded)[:count], rtol=1e-4, atol=1e-3)
         assert some.layers[0][0].data_ptr() == some.first(1).layers[0][0].data_ptr(), "weights are not copied"
     assert not packed.first(0).layers
 
@@ -158,6 +162,13 @@ def test_several_weights_refuse_what_does_not_fit(x, bias):
     panels = torch.ops.gorgon.pack_panels(torch.zeros(2, 40, 96))
     with pytest.raises(RuntimeError):
         panel_products(x, panels, bias)
+
+
+@pytest.mark.parametrize("panels", [torch.zeros(2, 3, 96, 32), torch.zeros(2, 3, 96, 7).bfloat16(), torch.zeros(64)])
+def test_only_panels_in_bfloat16_are_paired(panels):
+    load_kernels()
+    with pytest.raises(RuntimeError, match="panels"):
+        torch.ops.gorgon.pair_halves(panels)
 
 
 @pytest.mark.parametrize(("offset", "outputs"), [(-1, 40), (4, 40), (0, 0), (1 << 40, 40)])

@@ -181,6 +181,6 @@ def test_the_parts_of_a_step_with_and_without_graphs(captured, monkeypatch):
     backbone.graphs = Graphs(recorder) if captured else None
     stepper, cache = Stepper(backbone, None, 0, None), TreeCache(4, 1, 64)
     stepper.prompt(cache, [5, 6, 7], 0)
-    batch = Inputs(backbone.device).drafts([Draft([7])], 4)
+    batch = Inputs(backbone.device).drafts([Draft(7)], 4)
     parts = step_profile._parts(stepper, stepper, cache, batch, torch.tensor([3]), 7)
     assert parts[0] > 0 and len(parts) == 3 and recorder.captured == 3 * captured

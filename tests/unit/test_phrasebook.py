@@ -103,7 +103,7 @@ def test_remembered_levels_do_not_fill_the_memory(monkeypatch):
     ['{"1 x": [1, 1, {}]}', '{"1": 3}', '{"1": [3]}', '{"1": [3, 1, {"900": 3}]}', '{"1": [3, 1, {"4": 5}]}',
      '{"1": [3, 1, {}]}', '{"1": [3, 1, {"4": 0}]}', '{"1": [3, 1, {"4": 1, "5": 1}]}',
      '{"1 2 3 4 5": [3, 1, {"4": 1}]}', '{"": [3, 1, {"4": 1}]}',
-     '{"1": [9, 9, {"1": 1, "2": 1, "3": 1, "4": 1, "5": 1}]}', "[]"],
+     json.dumps({"1": [99, 99, {str(token): 1 for token in range(CONTINUATIONS + 1)}]}), "[]"],
 )  # fmt: skip
 def test_a_file_that_is_no_phrasebook_is_refused(tmp_path, phrases):
     (tmp_path / PHRASEBOOK_FILE).write_text(f'{{"tokens": {{"4": 3}}, "phrases": {phrases}}}')

@@ -293,7 +293,7 @@ class Moody:
         self.awake, self._turn = False, 0
 
     def draft(self, root, _choices, _context):
-        draft = Draft([root])
+        draft = Draft(root)
         self._turn += self.awake
         for parent in ((), (0,), (0, 1), (0, 0), (0, 0, 1), (0, 1, 2, 3), (0, 0, 0, 1))[self._turn % 7]:
             draft.add(root, parent)

@@ -97,12 +97,12 @@ class Contestants:
         if not drafts:
             return {"parents": [0], "texts": [""], "accepted": [True]}
         best = max(range(len(drafts)), key=lambda i: drafts[i].depths[answer.step_nodes[i]])
-        draft, path = drafts[best], drafts[best].bits[answer.step_nodes[best]]
+        draft, path = drafts[best], drafts[best].path(answer.step_nodes[best])
         decode = self.engine.backbone.tokenizer.decode
         return {
             "parents": draft.parents,
             "texts": [str(decode([token])) for token in draft.tokens],
-            "accepted": [bool(path >> node & 1) for node in range(draft.nodes)],
+            "accepted": [node in path for node in range(draft.nodes)],
         }
 
 

@@ -27,6 +27,9 @@ BORDERS = tuple(math.log(p) for p in (0.005, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5
 UNLISTED = 0
 """Bin of a token that is not among the head's choices; the others count from 1."""
 BINS = len(BORDERS) + 2
+PLACES = 8
+"""Places among a head's choices that are told apart; later ones, and tokens that are not listed, are at the last."""
+STANDINGS = BINS * PLACES
 LONGEST_MATCH = 4
 """Latest tokens that are looked up in the context; longer matches hardly ever decide (docs/lab-notes.md)."""
 OFFERS = 3
@@ -34,9 +37,10 @@ OFFERS = 3
 COPIED = (LONGEST_MATCH + 1) * OFFERS
 """Evidence from which on the context offers the token."""
 EVIDENCE = (LONGEST_MATCH + 1) * COPIED
-Clues = tuple[int, int, int, int, int, int]
-"""What is known of a candidate: token, bin of the head's probability, level of the phrasebook's, evidence of the
-context, frequency of the token in answers, and 1 when the context has the token anywhere, else 0."""
+Clues = tuple[int, int, int, int, int, int, int]
+"""What is known of a candidate: token, bin of the head's probability, its standing among the head's choices, level of
+the phrasebook's probability, evidence of the context, frequency of the token in answers, and 1 when the context has the
+token anywhere, else 0."""
 Cell = tuple[int, Clues]
 """Head and clues."""
 NEUTRAL = (0.0, 0.0)
@@ -49,6 +53,16 @@ ITERATIONS = 200
 def bin_of(logprob: float) -> int:
     """The bin of a listed choice."""
     return bisect_right(BORDERS, logprob) + 1
+
+
+def standing_of(best: int, place: int = PLACES - 1) -> int:
+    """How a token stands among a head's choices.
+
+    Args:
+        best: bin of the likeliest one; `UNLISTED` where no head was read.
+        place: the token's, from 0; the last when it is not listed.
+    """
+    return best * PLACES + min(place, PLACES - 1)
 
 
 def evidence_of(longest: int, matched: int = 0, place: int = 0) -> int:
@@ -77,22 +91,23 @@ class AcceptanceCounts:
 
     def fit(self) -> Acceptance:
         """The regression: a cell's log-odds are the sum of its bin's and its level's, each the head's own plus one that
-        all heads share, of its evidence's and of its token's. Deterministic."""
+        all heads share, of its standing's, its evidence's and its token's. Deterministic."""
         cells = sorted(self.seen)
         tokens = {token: i for i, token in enumerate(sorted({clues[0] for _, clues in cells}))}
         width = BINS + LEVELS
         shared = (self.heads + 1) * width
-        evidence = shared + width
+        standing = shared + width
+        evidence = standing + STANDINGS
         token = evidence + EVIDENCE * FREQUENCIES * 2
 
         def features(cell: Cell) -> list[int]:
-            head, (name, bin_, level, found, frequency, present) = cell
+            head, (name, bin_, stands, level, found, frequency, present) = cell
             own = [bin_, BINS + level]
-            return [*(head * width + f for f in own), *(shared + f for f in own),
+            return [*(head * width + f for f in own), *(shared + f for f in own), standing + stands,
                     evidence + (found * FREQUENCIES + frequency) * 2 + present,
                     token + 2 * tokens[name] + (found >= COPIED)]  # fmt: skip
 
-        features_CF = torch.tensor([features(c) for c in cells], dtype=torch.int64).view(len(cells), 6)
+        features_CF = torch.tensor([features(c) for c in cells], dtype=torch.int64).view(len(cells), 7)
         right_C = torch.tensor([self.right[c] for c in cells], dtype=torch.float64)
         seen_C = torch.tensor([self.seen[c] for c in cells], dtype=torch.float64)
         weights_W = torch.zeros(token + 2 * len(tokens), dtype=torch.float64, requires_grad=True)
@@ -110,12 +125,13 @@ class AcceptanceCounts:
         with torch.enable_grad():
             solver.step(loss)  # type: ignore[no-untyped-call]
         weights_W = weights_W.detach()
-        by_head = weights_W[:evidence].view(self.heads + 2, width)
+        by_head = weights_W[:standing].view(self.heads + 2, width)
         by_head = by_head[:-1] + by_head[-1]
         by_token = weights_W[token:].view(-1, 2).tolist()
         return Acceptance(
             (by_head[:, :BINS] + base).tolist(),
             by_head[:, BINS:].tolist(),
+            weights_W[standing:evidence].view(BINS, PLACES).tolist(),
             weights_W[evidence:token].view(EVIDENCE, FREQUENCIES, 2).tolist(),
             {name: (by_token[i][0], by_token[i][1]) for name, i in tokens.items()},
         )
@@ -123,16 +139,18 @@ class AcceptanceCounts:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Log-odds that a candidate is right, as a sum of four terms.
+    """Log-odds that a candidate is right, as a sum of five terms.
 
     Attributes:
         bins, levels: [K + 1][...], by head; the last row is for depths beyond the heads.
+        standings: [BINS][PLACES], by the bin of the head's likeliest choice and the token's own place.
         evidence: [EVIDENCE][FREQUENCIES][2], by what the context says, and of how frequent a token.
         tokens: by token, unless the context offers it, and if it does.
     """
 
     bins: list[list[float]]
     levels: list[list[float]]
+    standings: list[list[float]]
     evidence: list[list[list[float]]]
     tokens: Mapping[int, tuple[float, float]]
 
@@ -143,15 +161,15 @@ class Acceptance:
 
     def odds(self, head: int, clues: Clues) -> float:
         """Log-odds of a candidate."""
-        token, bin_, level, found, frequency, present = clues
+        token, bin_, standing, level, found, frequency, present = clues
+        by_head = self.bins[head][bin_] + self.standings[standing // PLACES][standing % PLACES]
         own = self.tokens.get(token, NEUTRAL)[found >= COPIED]
-        return self.bins[head][bin_] + self.levels[head][level] + self.evidence[found][frequency][present] + own
+        return by_head + self.levels[head][level] + self.evidence[found][frequency][present] + own
 
     def as_json(self) -> dict[str, Any]:
         """The form in tree.json."""
         return {
-            "bins": [_rounded(row) for row in self.bins],
-            "levels": [_rounded(row) for row in self.levels],
+            **{name: [_rounded(row) for row in getattr(self, name)] for name in ("bins", "levels", "standings")},
             "evidence": [[_rounded(row) for row in table] for table in self.evidence],
             "tokens": {str(token): _rounded(pair) for token, pair in self.tokens.items()},
         }
@@ -163,18 +181,21 @@ class Acceptance:
         Raises: ModelError when it has another form.
         """
         try:
-            bins, levels = ([_numbers(row) for row in document[name]] for name in ("bins", "levels"))
+            names = "bins", "levels", "standings"
+            bins, levels, standings = ([_numbers(row) for row in document[name]] for name in names)
             evidence = [[_numbers(row) for row in table] for table in document["evidence"]]
-            tokens = {int(token): _numbers(pair) for token, pair in document["tokens"].items()}
+            pairs = {int(token): _numbers(pair) for token, pair in document["tokens"].items()}
             fine = len(bins) == len(levels) > 0 and len(evidence) == EVIDENCE
             fine = fine and {len(row) for row in bins} == {BINS} and {len(row) for row in levels} == {LEVELS}
+            fine = fine and len(standings) == BINS and {len(row) for row in standings} == {PLACES}
             fine = fine and {len(table) for table in evidence} == {FREQUENCIES}
-            fine = fine and {len(row) for table in evidence for row in table} | {len(p) for p in tokens.values()} == {2}
+            fine = fine and {len(row) for table in evidence for row in table} | {len(p) for p in pairs.values()} == {2}
         except (AttributeError, TypeError, KeyError, ValueError):
             fine = False
         if not fine:
             raise ModelError("the acceptance table is malformed", field="acceptance", hint="run `gorgon tune` again")
-        return Acceptance(bins, levels, evidence, {token: (pair[0], pair[1]) for token, pair in tokens.items()})
+        tokens = {token: (pair[0], pair[1]) for token, pair in pairs.items()}
+        return Acceptance(bins, levels, standings, evidence, tokens)
 
 
 def _rounded(row: Sequence[float]) -> list[float]:

@@ -20,7 +20,7 @@ from gorgon.errors import ModelError
 
 LONGEST = 4
 """Tokens of the longest phrase that is looked up."""
-CONTINUATIONS = 4
+CONTINUATIONS = 8
 """Continuations kept of a phrase, commonest first."""
 SEEN = 2
 """A phrase must have occurred this often."""

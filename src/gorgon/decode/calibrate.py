@@ -135,7 +135,7 @@ def _read_heads(
     left = len(positions_N)
     by_position = [list(row[: left - i]) for i, row in enumerate(zip(*ranks, strict=True))]
     choices: list[HeadChoices | None] = [
-        HeadChoices([t[i] for t in tokens], [p[i] for p in logprobs]) for i in range(left)
+        HeadChoices.of([t[i] for t in tokens], [p[i] for p in logprobs]) for i in range(left)
     ]
     return by_position, choices
 

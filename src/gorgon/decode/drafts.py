@@ -42,30 +42,27 @@ class StaticDrafter:
         self.nodes, self.copies = tree.nodes, tree.ngram > 0
         self.heads, self.width = max(tree.heads, heads), max(tree.width, min(heads, 1))
         self._places = [(len(path) - 1, path[-1]) for path in tree.paths]
-        self._shape = Draft([0])
+        shape = Draft(0)
+        self._shapes = {shape.nodes: shape.holding([0])}
         for parent in tree.parents[1:]:
-            self._shape.add(0, parent)
-        self._without = 1 + len(tree.paths)
+            shape.add(0, parent)
+            self._shapes[shape.nodes] = shape.holding([0] * shape.nodes)
 
     def draft(self, root: int, choices: HeadChoices | None, context: NgramIndex | None) -> Draft:
         """The heads' tokens by rank, then what the context offers, as far as it goes."""
         # Looking up has the context indexed, so nothing is looked up without a branch.
         copied = context.propose(self.tree.ngram) if context is not None and self.copies else []
         if self._places and not self._can_read(choices):  # the last step was drafted otherwise, for another batch size
-            draft = Draft([root])
+            draft = Draft(root)
             for token in copied:
                 draft.add(token, draft.nodes - 1)
             return draft
         tokens = [root]
         if self._places:
             assert choices is not None
-            table = choices.tokens
-            tokens += [table[head][rank] for head, rank in self._places]
+            tokens += [choices.token(head, rank) for head, rank in self._places]
         tokens += copied
-        shape, nodes = self._shape, len(tokens)
-        if nodes == shape.nodes:
-            return Draft(tokens, shape.parents, shape.depths, shape.bits)
-        return Draft(tokens, shape.parents[:nodes], shape.depths[:nodes], shape.bits[:nodes])
+        return self._shapes[len(tokens)].holding(tokens)
 
     def _can_read(self, choices: HeadChoices | None) -> bool:
-        return choices is not None and len(choices.tokens) >= self.tree.heads and len(choices.tokens[0]) >= self.width
+        return choices is not None and choices.heads >= self.tree.heads and choices.width >= self.width

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 from math import exp
+from typing import NamedTuple
 
-from gorgon.core.acceptance import LONGEST_MATCH, UNLISTED, Acceptance, Clues, bin_of, evidence_of
+from gorgon.core.acceptance import LONGEST_MATCH, UNLISTED, Acceptance, Clues, bin_of, evidence_of, standing_of
 from gorgon.core.draft import MOST_NODES, Draft
 from gorgon.core.phrasebook import LONGEST, Phrasebook
 from gorgon.decode.growth import DEEPEST, Growth, growth_works
@@ -20,19 +21,33 @@ from gorgon.decode.ngrams import NgramIndex
 from gorgon.decode.step import HeadChoices
 from gorgon.errors import ShapeError
 
-Listed = dict[int, int]
-"""A head's choices: token -> bin."""
-NOTHING: Listed = {}
-NO_CHOICES = HeadChoices([], [])
+
+class Listed(NamedTuple):
+    """A head's choices.
+
+    Attributes:
+        known: token -> bin and standing.
+        otherwise: those of any other token.
+    """
+
+    known: dict[int, tuple[int, int]]
+    otherwise: tuple[int, int]
+
+
+NOTHING = Listed({}, (UNLISTED, standing_of(UNLISTED)))
+NO_CHOICES = HeadChoices.of([], [])
 
 
 def listed(choices: HeadChoices | None, heads: int, width: int) -> list[Listed]:
     """The first `width` choices of the first `heads` heads."""
     given = choices or NO_CHOICES
-    return [
-        dict(zip(found[:width], map(bin_of, logprobs), strict=False))
-        for found, logprobs in zip(given.tokens[:heads], given.logprobs, strict=False)
-    ]
+    rows = [given.of_head(head) for head in range(min(heads, given.heads))]
+    return [_listed(tokens[:width], list(map(bin_of, logprobs))) for tokens, logprobs in rows]
+
+
+def _listed(tokens: Sequence[int], bins: Sequence[int]) -> Listed:
+    known = {token: (bins[i], standing_of(bins[0], i)) for i, token in enumerate(tokens)}
+    return Listed(known, (UNLISTED, standing_of(bins[0])))
 
 
 def candidates(
@@ -46,13 +61,13 @@ def candidates(
     return [
         (
             token,
-            head.get(token, UNLISTED),
+            *head.known.get(token, head.otherwise),
             levels[token],
             evidence_of(longest, *copies[token]) if token in copies else none,
             frequency(token),
             int(token in present),
         )
-        for token in dict.fromkeys((*head, *copies, *levels.offered))
+        for token in dict.fromkeys((*head.known, *copies, *levels.offered))
     ]
 
 
@@ -80,20 +95,18 @@ class DynamicDrafter:
         self.acceptance, self.phrasebook = acceptance, phrasebook
         self.nodes, self.threshold, self.width = nodes, threshold, width
         self.heads = acceptance.heads
-        self._growth = Growth(acceptance, phrasebook, nodes, threshold) if growth_works() else None
+        self._growth = Growth(acceptance, phrasebook, nodes, threshold, width) if growth_works() else None
 
     def draft(self, root: int, choices: HeadChoices | None, context: NgramIndex | None) -> Draft:
         """The best nodes behind `root`."""
         assert context is not None
         if self._growth is None:
             return self.grow(root, choices, context)
-        found = choices or NO_CHOICES
-        tokens = [row[: self.width] for row in found.tokens[: self.heads]]
-        return self._growth.draft(context.tokens, tokens, [row[: self.width] for row in found.logprobs[: self.heads]])
+        return self._growth.draft(root, choices or NO_CHOICES, context)
 
     def grow(self, root: int, choices: HeadChoices | None, context: NgramIndex) -> Draft:
         """The same in Python."""
-        draft = Draft([root])
+        draft = Draft(root)
         if self.nodes == 1:
             return draft
         by_depth = listed(choices, self.heads, self.width)

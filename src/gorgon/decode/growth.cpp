@@ -12,7 +12,7 @@
 
 namespace {
 
-// LONGEST, CONTINUATIONS, LEVELS, FREQUENCIES, BINS, LONGEST_MATCH, OFFERS, DEEPEST and MOST_NODES come from Python.
+// LONGEST, CONTINUATIONS, LEVELS, FREQUENCIES, BINS, PLACES, LONGEST_MATCH, OFFERS, DEEPEST and MOST_NODES come from Python.
 constexpr int NOBODY = -1;
 constexpr int COPIED = (LONGEST_MATCH + 1) * OFFERS;
 
@@ -68,12 +68,26 @@ struct Book {
 
 // Borders are those of the bins; tokens: [vocabulary][2].
 struct Tables {
-  const double *borders, *bins, *levels, *evidence, *tokens;
+  const double *borders, *bins, *levels, *standings, *evidence, *tokens;
   int64_t heads, vocabulary;
 };
 
+struct Settings {
+  const Book* book;
+  const Tables* tables;
+  int64_t nodes, width;
+  double threshold;
+};
+
+// What the heads that were read say: numbers: [2][heads][width], tokens and log-probabilities.
+struct Choices {
+  const double* numbers;
+  int64_t heads, width;
+};
+
 struct Candidate {
-  int32_t token, bin = 0, matched = 0, place = 0;
+  int32_t token, bin = 0, standing = PLACES - 1;  // among the head's choices
+  int32_t matched = 0, place = 0;                 // in the context
 };
 
 struct Waiting {
@@ -98,30 +112,29 @@ struct Offers {
 
 class Growth {
  public:
-  Growth(const Book& book, const Tables& tables, const int32_t* context, int64_t length)
-      : book_(book), tables_(tables), context_(context), length_(length) {
+  Growth(const Settings& settings, const int32_t* context, int64_t length, const Choices& choices)
+      : settings_(settings), book_(*settings.book), tables_(*settings.tables), context_(context), length_(length),
+        choices_(choices) {
     const size_t most = 1 + *std::max_element(context, context + length);
     if (present_.size() < most) present_.resize(most);
     if (++call_ == 0) std::fill(present_.begin(), present_.end(), 0), call_ = 1;
     for (int64_t i = 0; i < length; ++i) present_[context[i]] = call_;
   }
 
-  // Args: listed, logprobs: [heads][width], of the heads that were read.
-  int64_t draft(const int32_t* listed, const double* logprobs, int64_t heads, int64_t width, int64_t nodes,
-                double threshold, int64_t* result) {
-    int64_t *tokens = result, *parents = tokens + MOST_NODES, *depths = parents + MOST_NODES;
-    uint64_t* bits = reinterpret_cast<uint64_t*>(depths + MOST_NODES);
-    tokens[0] = context_[length_ - 1], parents[0] = depths[0] = 0, bits[0] = 1;
+  // Args: numbers: of a draft that has its root.
+  int64_t draft(int64_t* numbers) {
+    const int64_t nodes = settings_.nodes;
+    int64_t *tokens = numbers, *parents = tokens + MOST_NODES, *depths = parents + MOST_NODES;
+    int64_t* bits = depths + MOST_NODES;
     Suffix suffix;
     for (int64_t i = std::max<int64_t>(0, length_ - LONGEST_MATCH); i < length_; ++i) suffix.push(context_[i]);
     int64_t count = 1;
     const auto grow = [&](int64_t node, int64_t depth, double rate, const Suffix& behind) {
-      const bool read = depth < heads;
-      children(behind, read ? listed + depth * width : nullptr, read ? logprobs + depth * width : nullptr, width);
       const int64_t head = std::min(depth, tables_.heads);
+      children(behind, head);
       for (const Candidate& candidate : candidates_) {
         const double mine = rate / (1 + std::exp(-odds(head, candidate)));
-        if (mine >= threshold) waiting_.push({mine, static_cast<int32_t>(node), candidate.token, behind});
+        if (mine >= settings_.threshold) waiting_.push({mine, static_cast<int32_t>(node), candidate.token, behind});
       }
     };
     if (nodes > 1) grow(0, 0, 1.0, suffix);
@@ -130,7 +143,7 @@ class Growth {
       waiting_.pop();
       const int64_t node = count++;
       tokens[node] = best.token, parents[node] = best.parent, depths[node] = depths[best.parent] + 1;
-      bits[node] = bits[best.parent] | uint64_t{1} << node;
+      bits[node] = bits[best.parent] | static_cast<int64_t>(uint64_t{1} << node);
       if (depths[node] < DEEPEST && count < nodes) {
         Suffix behind = best.suffix;
         behind.push(best.token);
@@ -142,12 +155,18 @@ class Growth {
 
  private:
   // What is proposed behind a text that ends so, each token once.
-  void children(const Suffix& suffix, const int32_t* listed, const double* logprobs, int64_t width) {
+  void children(const Suffix& suffix, int64_t head) {
     candidates_.clear();
-    for (int64_t i = 0; listed && i < width; ++i) {
+    best_ = 0;
+    const bool read = head < std::min(tables_.heads, choices_.heads);
+    const double* const listed = choices_.numbers + head * choices_.width;
+    const double* const logprobs = listed + choices_.heads * choices_.width;
+    for (int64_t i = 0; read && i < std::min(settings_.width, choices_.width); ++i) {
       const double* const end = tables_.borders + BINS - 2;
       const auto bin = std::upper_bound(tables_.borders, end, logprobs[i]) - tables_.borders + 1;
-      candidates_.push_back({listed[i], static_cast<int32_t>(bin)});
+      if (!i) best_ = static_cast<int>(bin);
+      const int32_t standing = static_cast<int32_t>(std::min<int64_t>(i, PLACES - 1));
+      candidates_.push_back({static_cast<int32_t>(listed[i]), static_cast<int32_t>(bin), standing});
     }
     Offers offers[LONGEST_MATCH + 1];
     for (int64_t place = length_ - 1; place > 0; --place)
@@ -198,14 +217,18 @@ class Growth {
     const bool weighed = candidate.token < tables_.vocabulary;
     const double own = weighed ? tables_.tokens[2 * token + (evidence >= COPIED)] : 0.0;
     const double found = tables_.evidence[(evidence * FREQUENCIES + book_.frequencies[place]) * 2 + present];
-    return tables_.bins[head * BINS + candidate.bin] + tables_.levels[head * LEVELS + level] + found + own;
+    const double by_head =
+        tables_.bins[head * BINS + candidate.bin] + tables_.standings[best_ * PLACES + candidate.standing];
+    return by_head + tables_.levels[head * LEVELS + level] + found + own;
   }
 
+  const Settings& settings_;
   const Book& book_;
   const Tables& tables_;
   const int32_t* const context_;
   const int64_t length_;
-  int longest_ = 0, endings_ = 0;
+  const Choices choices_;
+  int best_ = 0, longest_ = 0, endings_ = 0;
   const Following* known_[LONGEST];
   std::vector<Candidate> candidates_;
   std::priority_queue<Waiting> waiting_;
@@ -243,10 +266,10 @@ extern "C" void* gorgon_book(
 
 extern "C" void gorgon_close_book(void* book) { delete static_cast<Book*>(book); }
 
-// Args: result: tokens, parents, depths and bits [4][MOST_NODES]. Returns: the draft's nodes.
+// Args: choices: [2][heads][width]; draft: [4][MOST_NODES], tokens, parents, depths and bits, the root's written and
+// the others' fillers. Returns: the draft's nodes.
 extern "C" int64_t gorgon_draft(
-    const void* book, const Tables* tables, const int32_t* context, int64_t length, const int32_t* listed,
-    const double* logprobs, int64_t heads, int64_t width, int64_t nodes, double threshold, int64_t* result) {
-  return Growth(*static_cast<const Book*>(book), *tables, context, length)
-      .draft(listed, logprobs, heads, width, nodes, threshold, result);
+    const Settings* settings, const int32_t* context, int64_t length, const double* choices, int64_t heads,
+    int64_t width, int64_t* draft) {
+  return Growth(*settings, context, length, {choices, heads, width}).draft(draft);
 }

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from array import array
 from collections.abc import Callable, Iterable, Sequence
-from ctypes import POINTER, Structure, c_double, c_int32, c_int64, c_uint8, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_int32, c_int64, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gorgon.core.acceptance import BINS, LONGEST_MATCH, NEUTRAL, OFFERS, Acceptance
+from gorgon.core.acceptance import BINS, LONGEST_MATCH, NEUTRAL, OFFERS, PLACES, Acceptance
 from gorgon.core.acceptance import BORDERS as BIN_BORDERS
 from gorgon.core.draft import MOST_NODES, Draft
 from gorgon.core.phrasebook import BORDERS, CONTINUATIONS, FREQUENCIES, LEVELS, LONGEST, Phrasebook
+from gorgon.decode.ngrams import NgramIndex
+from gorgon.decode.step import HeadChoices
 from gorgon.models.toolchain import build_library, can_build
 
 DEEPEST = 12
@@ -28,7 +29,7 @@ NOBODY = -1
 """No token."""
 SIZES = {
     "LONGEST": LONGEST, "CONTINUATIONS": CONTINUATIONS, "LEVELS": LEVELS, "FREQUENCIES": FREQUENCIES, "BINS": BINS,
-    "LONGEST_MATCH": LONGEST_MATCH, "OFFERS": OFFERS, "DEEPEST": DEEPEST, "MOST_NODES": MOST_NODES,
+    "PLACES": PLACES, "LONGEST_MATCH": LONGEST_MATCH, "OFFERS": OFFERS, "DEEPEST": DEEPEST, "MOST_NODES": MOST_NODES,
 }  # fmt: skip
 
 
@@ -47,6 +48,7 @@ def _library() -> ctypes.CDLL:
     library.gorgon_book.restype = c_void_p
     library.gorgon_close_book.argtypes = [c_void_p]
     library.gorgon_close_book.restype = None
+    library.gorgon_draft.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p]
     library.gorgon_draft.restype = c_int64
     return library
 
@@ -73,11 +75,14 @@ class _Book:
         weakref.finalize(self, library.gorgon_close_book, self.handle)
 
 
+NUMBERS = "borders", "bins", "levels", "standings", "evidence", "tokens"
+
+
 class _Tables(Structure):
     """An `Acceptance` as compiled code reads it. The pointers keep their arrays alive."""
 
     _fields_ = (
-        *((name, POINTER(c_double)) for name in ("borders", "bins", "levels", "evidence", "tokens")),
+        *((name, POINTER(c_double)) for name in NUMBERS),
         *((name, c_int64) for name in ("heads", "vocabulary")),
     )
 
@@ -87,7 +92,8 @@ class _Tables(Structure):
         size = max(acceptance.tokens, default=-1) + 1
         own = _flat(acceptance.tokens.get(token, NEUTRAL) for token in range(size))
         evidence = _flat(_flat(table) for table in acceptance.evidence)
-        numbers = BIN_BORDERS, _flat(acceptance.bins), _flat(acceptance.levels), evidence, own
+        by_head = _flat(acceptance.bins), _flat(acceptance.levels), _flat(acceptance.standings)
+        numbers = BIN_BORDERS, *by_head, evidence, own
         return cls(*(_array(c_double, row) for row in numbers), acceptance.heads, size)
 
 
@@ -104,33 +110,39 @@ def _once(make: Callable[[Any], Any], source: Any) -> Any:
     return made
 
 
-class Growth:
-    """Grows trees of at most `nodes` nodes, none of which is accepted less often than `threshold`.
+class _Settings(Structure):
+    """What stays the same from draft to draft."""
 
-    Invariant: equal to `DynamicDrafter.grow`.
+    _fields_ = (
+        ("book", c_void_p), ("tables", POINTER(_Tables)), ("nodes", c_int64), ("width", c_int64),
+        ("threshold", c_double),
+    )  # fmt: skip
+
+
+class Growth:
+    """Grows trees as a `DynamicDrafter` of these settings does.
+
+    Invariant: equal to `DynamicDrafter.grow`. A draft and what it is made of are handed over as they lie in memory,
+    because making arrays of them takes Python longer than the growing.
     """
 
-    def __init__(self, acceptance: Acceptance, phrasebook: Phrasebook, nodes: int, threshold: float) -> None:
+    def __init__(
+        self, acceptance: Acceptance, phrasebook: Phrasebook, nodes: int, threshold: float, width: int
+    ) -> None:
         """Raises: MissingDependencyError when the code cannot be built."""
         self._draft = _library().gorgon_draft
         self._book, self._tables = _once(_Book, phrasebook), _once(_Tables.of, acceptance)
-        self._given = c_void_p(self._book.handle), ctypes.byref(self._tables)
-        self._limits = c_int64(nodes), c_double(threshold)
+        self._settings = _Settings(self._book.handle, ctypes.pointer(self._tables), nodes, width, threshold)
+        self._address = ctypes.addressof(self._settings)
 
-    def draft(self, context: array[int], tokens: Sequence[list[int]], logprobs: Sequence[list[float]]) -> Draft:
-        """The draft behind a context of at least one token.
-
-        Args: tokens, logprobs: [K][W], the heads' choices.
-        """
-        address, length = context.buffer_info()
-        heads, width = len(tokens), len(tokens[0]) if tokens else 0
-        listed, likely = _array(c_int32, _flat(tokens)), _array(c_double, _flat(logprobs))
-        result = (c_uint64 * (4 * MOST_NODES))()
-        count = self._draft(
-            *self._given, c_void_p(address), c_int64(length), listed, likely, c_int64(heads), c_int64(width),
-            *self._limits, result,
+    def draft(self, root: int, choices: HeadChoices, context: NgramIndex) -> Draft:
+        """The draft behind a context of at least one token, which ends with the root."""
+        draft = Draft(root)
+        draft.nodes = self._draft(
+            self._address, *context.tokens.buffer_info(), choices.numbers.buffer_info()[0], choices.heads,
+            choices.width, draft.numbers.buffer_info()[0],
         )  # fmt: skip
-        return Draft(*(result[at : at + count] for at in range(0, 4 * MOST_NODES, MOST_NODES)))
+        return draft
 
 
 def _filled(values: Iterable[int], size: int) -> list[int]:

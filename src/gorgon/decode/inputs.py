@@ -1,25 +1,26 @@
 """What a step is given, as tensors: drafts and lengths, written into memory that is used again.
 
-Making a small tensor of a list takes torch longer than a small kernel; writing numbers into one does not.
+Making a small tensor of a list takes torch longer than a small kernel; copying numbers into one's memory does not.
 Shapes: B sequences, N nodes.
 """
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gorgon.core.draft import Draft
+from gorgon.core.draft import BITS, DEPTHS, PARENTS, TOKENS, Draft
 
-Room = tuple[npt.NDArray[np.int64], Tensor]
+Room = tuple["array[int]", Tensor]
+"""Memory, and the tensor that lies in it."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DraftBatch:
     """The drafts of B sequences on the device, filled up to the largest: tokens, parents, depths and bits.
 
@@ -47,17 +48,21 @@ class Inputs:
         nodes: fill up to this many, and call none deeper, where shapes must not change from step to step.
         least: fill up to this many; two keep a draft of the root alone from being a shape of its own to the compiler.
         """
-        size = max(least, *(d.nodes for d in drafts)) if nodes is None else nodes
-        array, flat_4BN = self._room(4, len(drafts), size)
-        for b, draft in enumerate(drafts):
-            array[:, b] = np.array(draft.flat(size)).reshape(4, size)
-        longest = size if nodes is not None else max(least, *(max(d.depths) + 1 for d in drafts))
+        size = max([least, *[d.nodes for d in drafts]]) if nodes is None else nodes
+        memory, flat_4BN = self._room(4, len(drafts), size)
+        at = 0
+        for row in (TOKENS, PARENTS, DEPTHS, BITS):
+            for draft in drafts:
+                memory[at : at + size] = draft.numbers[row : row + size]
+                at += size
+        longest = size if nodes is not None else max([least, *[d.longest for d in drafts]])
         return DraftBatch(self._on_device(flat_4BN), longest)
 
     def lengths(self, lengths: Sequence[int]) -> Tensor:
         """Committed rows of every sequence, int64 [B]."""
-        array, lengths_B = self._room(len(lengths))
-        array[:] = lengths
+        memory, lengths_B = self._room(len(lengths))
+        for b, length in enumerate(lengths):
+            memory[b] = length
         return self._on_device(lengths_B)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
@@ -66,6 +71,6 @@ class Inputs:
     def _room(self, *shape: int) -> Room:
         found = self._rooms.get(shape)
         if found is None:
-            tensor = torch.empty(shape, dtype=torch.int64)
-            found = self._rooms[shape] = tensor.numpy(), tensor
+            memory = array("q", [0]) * math.prod(shape)
+            found = self._rooms[shape] = memory, torch.frombuffer(memory, dtype=torch.int64).view(shape)
         return found

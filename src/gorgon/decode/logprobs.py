@@ -38,10 +38,7 @@ def output_logprobs(
 
     Args: hidden_NH: the step's hidden states. alternatives: A, how many likeliest tokens to report; 0 is none.
     """
-    path = [decided.node]
-    while path[-1]:
-        path.append(draft.parents[path[-1]])
-    logprobs_PV = backbone.logits(hidden_NH[path[::-1]]).float().log_softmax(-1)
+    logprobs_PV = backbone.logits(hidden_NH[draft.path(decided.node)]).float().log_softmax(-1)
     tokens_P1 = torch.tensor(decided.tokens, device=logprobs_PV.device)[:, None]
     top_PA = logprobs_PV.topk(alternatives, dim=-1)
     chosen = logprobs_PV.gather(1, tokens_P1)[:, 0].tolist()

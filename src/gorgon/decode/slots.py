@@ -192,7 +192,7 @@ class Slots:
         assert running is not None
         prompt = running.request.prompt_ids
         end = len(prompt) if most is None else min(len(prompt), running.read + most)
-        root = Draft([0])
+        root = Draft(0)
         choose = None if end < len(prompt) or running.takes_argmax else partial(self._choices, [running], [root])
         stepper = self.engine.stepper(len(self._decoding) + 1)  # the next step's, if nobody else comes or goes
         hidden_11H, decided = stepper.prompt(self._entry, prompt[running.read : end], running.read, choose)

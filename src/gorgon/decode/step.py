@@ -8,6 +8,7 @@ Shapes: B sequences, N nodes, P nodes of the longest path, K heads, R choices pe
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -31,18 +32,38 @@ Reads = tuple[tuple[Layer, ...], int, Tensor | None]
 """The heads as a step function is given them: `PackedHeads.layers`, in panels or not, R, and the draft vocabulary."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class HeadChoices:
     """What the heads say at one accepted state: for each head its likeliest tokens, best first.
 
-    Attributes: tokens, logprobs: [K][R]; the log-probabilities are over the draft vocabulary.
+    Attributes:
+        numbers: float64 [2][K][R], as a step returns them: tokens, and log-probabilities over the draft vocabulary.
+        heads, width: K and R.
     """
 
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
+    numbers: array[float]
+    heads: int
+    width: int
+
+    @staticmethod
+    def of(tokens: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> HeadChoices:
+        """Of tokens and log-probabilities [K][R]."""
+        width = len(tokens[0]) if tokens else 0
+        numbers = array("d", [x for table in (tokens, logprobs) for row in table for x in row])
+        assert len(numbers) == 2 * len(tokens) * width
+        return HeadChoices(numbers, len(tokens), width)
+
+    def token(self, head: int, rank: int) -> int:
+        """A head's choice."""
+        return int(self.numbers[head * self.width + rank])
+
+    def of_head(self, head: int) -> tuple[list[int], list[float]]:
+        """A head's tokens and their log-probabilities."""
+        at, other = head * self.width, (self.heads + head) * self.width
+        return [int(x) for x in self.numbers[at : at + self.width]], self.numbers[other : other + self.width].tolist()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Decided:
     """What a step decided for one sequence.
 
@@ -90,7 +111,8 @@ class Stepper:
     def __init__(self, backbone: Backbone, heads: PackedHeads | None, width: int, vocabulary_U: Tensor | None) -> None:
         self.backbone = backbone
         self._reads: Reads | None = None if heads is None else (heads.layers, width, vocabulary_U)
-        self._end = Inputs(backbone.device).drafts([Draft([0])])  # of a prompt: a tree without drafts
+        self._heads = 0 if heads is None else len(heads.layers[-1][1])
+        self._end = Inputs(backbone.device).drafts([Draft(0)])  # of a prompt: a tree without drafts
         self._by_cache: WeakKeyDictionary[TreeCache, Functions] = WeakKeyDictionary()
 
     def functions(self, cache: TreeCache) -> Functions:
@@ -206,19 +228,13 @@ class Stepper:
 
     def _of_row(self, row: list[float], longest: int) -> Decided:
         node, depth = int(row[0]), int(row[1])
-        path = row[3 : 3 + longest]
         finite = 0.0 not in row[3 + longest : 4 + longest + depth]
-        tokens = [*map(int, path[1 : depth + 1]), int(row[2])]
+        tokens = [*map(int, row[4 : 4 + depth]), int(row[2])]
         if self._reads is None:
             return Decided(tokens, node, None, finite)
-        layers, width, _ = self._reads
-        at, size = 3 + 2 * longest, len(layers[-1][1]) * width
-        found, logprobs = list(map(int, row[at : at + size])), row[at + size : at + 2 * size]
-        starts = range(0, size, width)
         return Decided(
-            tokens, node,
-            HeadChoices([found[i : i + width] for i in starts], [logprobs[i : i + width] for i in starts]), finite,
-        )  # fmt: skip
+            tokens, node, HeadChoices(array("d", row[3 + 2 * longest :]), self._heads, self._reads[1]), finite
+        )
 
 
 def _verify(backbone: Backbone, cache: TreeCache, flat_4BN: Tensor, lengths_B: Tensor, visible: int) -> Tensor:

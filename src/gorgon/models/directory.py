@@ -23,7 +23,7 @@ HEADS_FILE = "medusa_lm_head.safetensors"
 PHRASEBOOK_FILE = "phrasebook.json"
 BASE = "base-model"
 FORMAT = 1
-TREE_FORMAT = 4
+TREE_FORMAT = 5
 """Of tree.json."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

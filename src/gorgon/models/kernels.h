@@ -35,6 +35,11 @@ inline bool is_float(const Tensor& tensor) {
 
 inline bool is_plain(const Tensor& tensor) { return is_float(tensor) && tensor.is_contiguous(); }
 
+// Bfloat16, in order, on the CPU.
+inline bool is_half(const Tensor& tensor) {
+  return tensor.is_cpu() && tensor.scalar_type() == torch::headeronly::ScalarType::BFloat16 && tensor.is_contiguous();
+}
+
 inline float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 constexpr int64_t MOST_DIMS = 8;

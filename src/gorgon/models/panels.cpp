@@ -27,11 +27,28 @@ constexpr int64_t BLOCK = 64;
 constexpr int64_t AHEAD = 8192;
 constexpr int LINE = 64;
 
+// A weight is float32, or bfloat16: the upper half of one, read in half the time. Halves lie in pairs, so that a vector
+// of words holds two vectors of weights, and taking them apart is one instruction each.
+typedef uint16_t Half;
+typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(alignof(Half))));
+
+inline void read_weights(const float* at, Vector (&weights)[ACROSS]) {
+  for (int v = 0; v < ACROSS; ++v) weights[v] = vector_at(at + v * LANES);
+}
+inline void read_weights(const Half* at, Vector (&weights)[ACROSS]) {
+  for (int v = 0; v < ACROSS; v += 2) {
+    const Words words = *reinterpret_cast<const Words*>(at + v * LANES);
+    weights[v] = reinterpret_cast<Vector>(words & 0xFFFF0000u);
+    weights[v + 1] = reinterpret_cast<Vector>(words << 16);
+  }
+}
+
+template <typename Weight>
 struct Product {
-  const float* x;       // [rows, inputs]
-  const float* panels;  // [ceil(outputs / WIDTH), inputs, WIDTH]
-  const float* bias;    // [outputs] or null
-  float* y;             // [rows, outputs]
+  const float* x;        // [rows, inputs]
+  const Weight* panels;  // [ceil(outputs / WIDTH), inputs, WIDTH]
+  const float* bias;     // [outputs] or null
+  float* y;              // [rows, outputs]
   int64_t rows, inputs, outputs;
 };
 
@@ -48,9 +65,9 @@ struct Ahead {
 };
 
 // Adds the products of `inputs` inputs to the sums of R rows with one panel.
-template <int R, int LINES>
+template <int R, int LINES, typename Weight>
 inline __attribute__((always_inline)) void accumulate(
-    const float* __restrict x, int64_t x_stride, const float* __restrict panel, float* __restrict y, int64_t y_stride,
+    const float* __restrict x, int64_t x_stride, const Weight* __restrict panel, float* __restrict y, int64_t y_stride,
     int64_t inputs, const Start& start, Ahead ahead) {
   Vector sums[R][ACROSS];
   for (int r = 0; r < R; ++r)
@@ -58,7 +75,7 @@ inline __attribute__((always_inline)) void accumulate(
       sums[r][v] = start.from_y ? vector_at(y + r * y_stride + v * LANES) : start.bias[v];
   for (int64_t k = 0; k < inputs; ++k) {
     Vector weight[ACROSS];
-    for (int v = 0; v < ACROSS; ++v) weight[v] = vector_at(panel + k * WIDTH + v * LANES);
+    read_weights(panel + k * WIDTH, weight);
     for (int line = 0; line < LINES; ++line) __builtin_prefetch(ahead.at + k * ahead.step + line * LINE, 0, 2);
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < ACROSS; ++v) sums[r][v] += x[r * x_stride + k] * weight[v];
@@ -68,27 +85,28 @@ inline __attribute__((always_inline)) void accumulate(
 }
 
 // The same for a number of rows that is known only now.
-template <int LINES, int R = ROWS>
+template <int LINES, typename Weight, int R = ROWS>
 inline void accumulate_rows(
-    int64_t rows, const float* x, int64_t x_stride, const float* panel, float* y, int64_t y_stride, int64_t inputs,
+    int64_t rows, const float* x, int64_t x_stride, const Weight* panel, float* y, int64_t y_stride, int64_t inputs,
     const Start& start, Ahead ahead) {
   if (rows == R)
     accumulate<R, LINES>(x, x_stride, panel, y, y_stride, inputs, start, ahead);
   else if constexpr (R > 1)
-    accumulate_rows<LINES, R - 1>(rows, x, x_stride, panel, y, y_stride, inputs, start, ahead);
+    accumulate_rows<LINES, Weight, R - 1>(rows, x, x_stride, panel, y, y_stride, inputs, start, ahead);
 }
 
 // One panel times the rows from `first` to `last`; y has room for WIDTH outputs of each row.
-void multiply(const Product& p, int64_t panel, int64_t first, int64_t last, float* y, int64_t y_stride) {
-  constexpr int64_t BYTES = WIDTH * sizeof(float);  // of a panel's weights for one input
+template <typename Weight>
+void multiply(const Product<Weight>& p, int64_t panel, int64_t first, int64_t last, float* y, int64_t y_stride) {
+  constexpr int64_t BYTES = WIDTH * sizeof(Weight);  // of a panel's weights for one input
   Start start{};
   const int64_t known = std::min<int64_t>(WIDTH, p.outputs - panel * WIDTH);
   if (p.bias) std::memcpy(start.bias, p.bias + panel * WIDTH, sizeof(float) * known);
-  const float* const weight = p.panels + panel * p.inputs * WIDTH;
+  const Weight* const weight = p.panels + panel * p.inputs * WIDTH;
   const int64_t passes = (last - first + ROWS - 1) / ROWS;
   if (passes == 1) {
     const Ahead ahead{reinterpret_cast<const char*>(weight) + AHEAD, BYTES};
-    accumulate_rows<BYTES / LINE>(
+    accumulate_rows<std::max<int>(BYTES / LINE, 1)>(
         last - first, p.x + first * p.inputs, p.inputs, weight, y, y_stride, p.inputs, start, ahead);
     return;
   }
@@ -107,7 +125,8 @@ void multiply(const Product& p, int64_t panel, int64_t first, int64_t last, floa
 }
 
 // The panels from `begin` to `end`, which are one thread's.
-void multiply_panels(const Product& p, int64_t begin, int64_t end) {
+template <typename Weight>
+void multiply_panels(const Product<Weight>& p, int64_t begin, int64_t end) {
   float edge[BLOCK * WIDTH];  // of a last panel that is wider than what is left of the outputs
   for (int64_t first = 0; first < p.rows; first += BLOCK) {
     const int64_t last = std::min(first + BLOCK, p.rows);
@@ -132,11 +151,12 @@ int64_t panels_for(int64_t outputs) { return (outputs + WIDTH - 1) / WIDTH; }
 Tensor in_order(const Tensor& given) { return given.is_contiguous() ? given : torch::stable::contiguous(given); }
 
 // Products of `count` weights, each with rows of its own; `first` is the first of them.
-void multiply_all(const Product& first, int64_t count) {
+template <typename Weight>
+void multiply_all(const Product<Weight>& first, int64_t count) {
   const int64_t panels = panels_for(first.outputs);
   torch::stable::parallel_for(0, count * panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin / panels; k * panels < end; ++k) {
-      Product p = first;
+      Product<Weight> p = first;
       p.x += k * p.rows * p.inputs, p.y += k * p.rows * p.outputs, p.panels += k * panels * p.inputs * WIDTH;
       if (p.bias) p.bias += k * p.outputs;
       multiply_panels(p, std::max<int64_t>(begin - k * panels, 0), std::min(end - k * panels, panels));
@@ -169,6 +189,19 @@ Tensor pack_panels(const Tensor& weight) {
   return packed;
 }
 
+// Panels in bfloat16 with their halves in pairs: of every two vectors the second one's half, then the first one's.
+Tensor pair_halves(const Tensor& panels) {
+  const bool fits = panels.dim() == 4 && panels.size(3) == WIDTH && is_half(panels);
+  STD_TORCH_CHECK(fits, "panels: as pack_panels makes them, in bfloat16");
+  const Tensor paired = torch::stable::empty_like(panels);
+  const Half* const from = static_cast<const Half*>(panels.data_ptr());
+  Half* const to = static_cast<Half*>(paired.data_ptr());
+  for (int64_t at = 0; at < panels.numel(); at += 2 * LANES)
+    for (int lane = 0; lane < LANES; ++lane)
+      to[at + 2 * lane] = from[at + LANES + lane], to[at + 2 * lane + 1] = from[at + lane];
+  return paired;
+}
+
 // [..., inputs] to [..., outputs], by the weight whose panels begin at `offset` in a block.
 Tensor panel_linear(
     const Tensor& given, const Tensor& block, int64_t offset, int64_t inputs, const std::optional<Tensor>& bias,
@@ -184,14 +217,16 @@ Tensor panel_linear(
   for (int64_t d = 0; d <= last; ++d) sizes[d] = d == last ? outputs : x.size(d);
   const Tensor y = empty(sizes, last + 1);
   const float* const added = bias ? data_of(*bias) : nullptr;
-  multiply_all({data_of(x), data_of(block) + offset, added, data_of(y), x.numel() / inputs, inputs, outputs}, 1);
+  multiply_all<float>({data_of(x), data_of(block) + offset, added, data_of(y), x.numel() / inputs, inputs, outputs}, 1);
   return y;
 }
 
-// Rows [K, rows, inputs], panels of K weights and biases [K, outputs] to [K, rows, outputs].
+// Rows [K, rows, inputs], panels of K weights, float32 or paired halves, and biases [K, outputs] to [K, rows, outputs].
 Tensor panel_products(const Tensor& given, const Tensor& panels, const Tensor& bias) {
   const Tensor x = in_order(given);
-  STD_TORCH_CHECK(panels.dim() == 4 && panels.size(3) == WIDTH && is_plain(panels), "panels: as pack_panels makes them");
+  STD_TORCH_CHECK(
+      panels.dim() == 4 && panels.size(3) == WIDTH && (is_plain(panels) || is_half(panels)),
+      "panels: as pack_panels or pair_halves makes them");
   const int64_t count = panels.size(0), inputs = panels.size(2);
   STD_TORCH_CHECK(bias.dim() == 2 && bias.size(0) == count && is_plain(bias), "bias: float32, one row for each weight");
   const int64_t outputs = bias.size(1);
@@ -200,7 +235,12 @@ Tensor panel_products(const Tensor& given, const Tensor& panels, const Tensor& b
       x.dim() == 3 && x.size(0) == count && x.size(2) == inputs && is_plain(x), "x: float32, rows for each weight");
   const int64_t rows = x.size(1), sizes[] = {count, rows, outputs};
   const Tensor y = empty(sizes, 3);
-  multiply_all({data_of(x), data_of(panels), data_of(bias), data_of(y), rows, inputs, outputs}, count);
+  if (is_half(panels))
+    multiply_all<Half>(
+        {data_of(x), static_cast<const Half*>(panels.data_ptr()), data_of(bias), data_of(y), rows, inputs, outputs},
+        count);
+  else
+    multiply_all<float>({data_of(x), data_of(panels), data_of(bias), data_of(y), rows, inputs, outputs}, count);
   return y;
 }
 
@@ -226,6 +266,7 @@ int64_t panel_width() { return WIDTH; }
 STABLE_TORCH_LIBRARY_FRAGMENT(gorgon, library) {
   library.def("panel_width() -> int");
   library.def("pack_panels(Tensor weight) -> Tensor");
+  library.def("pair_halves(Tensor panels) -> Tensor");
   library.def("panel_linear(Tensor x, Tensor block, int offset, int inputs, Tensor? bias, int outputs) -> Tensor");
   library.def("panel_products(Tensor x, Tensor panels, Tensor bias) -> Tensor");
 }
@@ -236,6 +277,7 @@ STABLE_TORCH_LIBRARY_IMPL(gorgon, CompositeExplicitAutograd, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(gorgon, CPU, library) {
   library.impl("pack_panels", TORCH_BOX(&pack_panels));
+  library.impl("pair_halves", TORCH_BOX(&pair_halves));
   library.impl("panel_linear", TORCH_BOX(&panel_linear));
   library.impl("panel_products", TORCH_BOX(&panel_products));
 }

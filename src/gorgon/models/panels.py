@@ -90,14 +90,18 @@ def _join(graph: fx.Graph, run: Sequence[fx.Node]) -> None:
 
 
 def in_panels(heads: PackedHeads) -> PackedHeads:
-    """The heads with weights [K, P, I, W], for `panel_products`.
+    """The heads with weights [K, P, I, W] in bfloat16, for `panel_products`.
 
+    Reading them is what heads cost, and they only guess: half the bytes guess as well (docs/lab-notes.md).
     Raises: MissingDependencyError when the kernel cannot be built.
     """
     load_kernels()
-    pack = torch.ops.gorgon.pack_panels
+    pack, pair = torch.ops.gorgon.pack_panels, torch.ops.gorgon.pair_halves
     return PackedHeads(
-        [(pack(weight_KIO.transpose(1, 2).contiguous()), bias_KO) for weight_KIO, bias_KO in heads.layers]
+        [
+            (pair(pack(weight_KIO.transpose(1, 2).contiguous()).bfloat16()), bias_KO)
+            for weight_KIO, bias_KO in heads.layers
+        ]
     )
 
 

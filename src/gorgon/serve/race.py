@@ -95,10 +95,10 @@ class Race:
         draft = event.draft
         if draft is None or draft.nodes == 1:
             return None
-        accepted = draft.bits[event.node]
+        accepted = draft.path(event.node)
         return [
             {"text": token_text(self._tokenizer, token), "parent": parent if i else None,
-             "accepted": bool(accepted >> i & 1)}
+             "accepted": i in accepted}
             for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True))
         ]  # fmt: skip
 

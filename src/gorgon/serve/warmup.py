@@ -68,7 +68,7 @@ class _Shape:
         self._parents = next(parents for parents in SHAPES if len(parents) < drafter.nodes)
 
     def draft(self, root: int, _choices: HeadChoices | None, _context: NgramIndex | None) -> Draft:
-        draft = Draft([root])
+        draft = Draft(root)
         for parent in self._parents:
             draft.add(root, parent)
         return draft
