@@ -25,6 +25,15 @@ def test_fewer_threads_must_be_clearly_faster(times, chosen):
     assert threads.pick_threads(times) == chosen
 
 
+def test_fewer_threads_are_used_and_told(unsaid, capsys):
+    threads.use_measured({1: 9.0, 2: 10.0})
+    assert torch.get_num_threads() == 2 and not capsys.readouterr().err
+    threads.use_measured({1: 5.0, 2: 10.0})
+    assert torch.get_num_threads() == 1
+    told = capsys.readouterr().err
+    assert "threads: 1 (5.0 ms) instead of 2 (10.0 ms)" in told and "tune again" in told
+
+
 def test_every_number_is_timed_and_the_old_one_restored(unsaid):
     torch.set_num_threads(3)
     times = threads.measure_threads(load_backbone("embedded"))

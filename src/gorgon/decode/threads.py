@@ -11,9 +11,11 @@ import torch
 
 from gorgon.models.backbone import Backbone
 from gorgon.models.cache import TreeCache
+from gorgon.progress import say
 
 ROWS = (1, 8)
-CONTEXT, PASSES = 64, 12
+CONTEXT, PASSES, SECONDS = 64, 12, 3.0
+"""Measured at least so often and so long: what else a machine does comes in bursts, and a burst must not decide."""
 CLEARLY = 0.8
 """Fewer threads than torch would use must take at most this share of the time: eager steps are timed, and compiled ones
 gain more from threads (docs/lab-notes.md)."""
@@ -41,6 +43,18 @@ def pick_threads(times: Mapping[int, float]) -> int:
     return best if times[best] <= CLEARLY * times[most] else most
 
 
+def use_measured(times: Mapping[int, float]) -> None:
+    """Uses the number that `pick_threads` says, and tells when it is not all of them.
+
+    Args: times: at least one entry.
+    """
+    chosen, most = pick_threads(times), max(times)
+    set_threads(chosen)
+    if chosen < most:
+        say(f"threads: {chosen} ({times[chosen]:.1f} ms) instead of {most} ({times[most]:.1f} ms); "
+            f"if this machine was busy with something else, tune again when it is not")  # fmt: skip
+
+
 @torch.inference_mode()
 def measure_threads(backbone: Backbone) -> dict[int, float]:
     """Median ms of a plain step and one of eight nodes, summed, by threads: 1, 2, 4, ... and all that torch would use.
@@ -55,7 +69,8 @@ def measure_threads(backbone: Backbone) -> dict[int, float]:
     length_1 = torch.tensor([CONTEXT])
     backbone.forward_prompt(cache, torch.ones(1, CONTEXT, dtype=torch.long), torch.tensor([0]), CONTEXT)
     samples: dict[tuple[int, int], list[float]] = {(c, n): [] for c in counts for n in ROWS}
-    for trial in range(PASSES):
+    begin, trial = time.perf_counter(), 0
+    while trial < PASSES or time.perf_counter() - begin < SECONDS:
         for count in counts:
             torch.set_num_threads(count)
             for nodes in ROWS:
@@ -66,5 +81,6 @@ def measure_threads(backbone: Backbone) -> dict[int, float]:
                     backbone.forward_tree(cache, tokens_1N, depths_1N, bits_1N, length_1, CONTEXT + nodes)
                     if trial and repeat:
                         samples[count, nodes].append(1000 * (time.perf_counter() - start))
+        trial += 1
     torch.set_num_threads(most)
     return {c: sum(statistics.median(samples[c, n]) for n in ROWS) for c in counts}

@@ -23,7 +23,7 @@ from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.engine import PLAIN, Engine
 from gorgon.decode.finalists import Finalist, choose_finalist, decode_finalists, pick_finalists
 from gorgon.decode.load import load_engine
-from gorgon.decode.threads import measure_threads, pick_threads, set_threads
+from gorgon.decode.threads import measure_threads, use_measured
 from gorgon.decode.timing import StepCosts, step_times
 from gorgon.decode.vocabulary import draft_vocabulary
 from gorgon.errors import DataError
@@ -62,7 +62,7 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
         engine = load_engine(model, dtype=config.dtype, quantization=config.quantization, drafters=PLAIN, steps="eager")
         threads = measure_threads(engine.backbone)
         if threads:
-            set_threads(pick_threads(threads))
+            use_measured(threads)
         engine.backbone.run_steps(config.steps)
     with run.timed("answers"):
         pairs = _answers(engine, rows, config)
