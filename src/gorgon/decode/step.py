@@ -270,16 +270,18 @@ def _settle(
     Float64 holds every token id and every float32 log-probability exactly.
     """
     tokens_BN, parents_BN, depths_BN, bits_BN = flat_4BN.unbind(0)
-    top_BN = backbone.logits(hidden_BNH).max(dim=-1)  # cheaper than argmax; both take the first of equals
-    chosen_BN = top_BN.indices if choices_BN is None else choices_BN
+    logits_BNV = backbone.logits(hidden_BNH)
+    top_BN = backbone.likeliest(logits_BNV)
+    chosen_BN = top_BN if choices_BN is None else choices_BN
     best_B, path_BP = accept(tokens_BN, chosen_BN, parents_BN, depths_BN, bits_BN, longest)
     if longest > 1:
         cache.keep(lengths_B, path_BP)
     rows_B = torch.arange(len(best_B), device=best_B.device)
+    largest_BN = logits_BNV.gather(-1, top_BN.unsqueeze(-1)).squeeze(-1)
     parts = [
         torch.stack((best_B, depths_BN[rows_B, best_B], chosen_BN[rows_B, best_B]), dim=1),
         tokens_BN.gather(1, path_BP),
-        torch.isfinite(top_BN.values.gather(1, path_BP)),
+        torch.isfinite(largest_BN.gather(1, path_BP)),
     ]
     if reads is not None:
         layers, width, vocabulary_U = reads

@@ -241,6 +241,13 @@ class Backbone:
         result: Tensor = logits_NV
         return result
 
+    def likeliest(self, logits_NV: Tensor) -> Tensor:
+        """The token with the largest logit, int64 [...]: the first of equals, or of those that are no numbers."""
+        if self.kernels and logits_NV.dtype == torch.float32:
+            tokens_N: Tensor = torch.ops.gorgon.first_max(logits_NV)
+            return tokens_N
+        return logits_NV.max(dim=-1).indices  # cheaper than argmax
+
     def run_steps(self, mode: StepMode) -> None:
         """From now on step functions run in this mode; their tokens stay the same.
 

@@ -42,10 +42,13 @@ inline bool is_half(const Tensor& tensor) {
 
 inline float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
+// The tensor itself, or a copy whose numbers lie in order.
+inline Tensor in_order(const Tensor& given) { return given.is_contiguous() ? given : torch::stable::contiguous(given); }
+
 constexpr int64_t MOST_DIMS = 8;
 
-// A new float32 tensor on the CPU, in order, without values; at most MOST_DIMS dimensions.
-inline Tensor empty(const int64_t* sizes, int64_t dims) {
+// A new tensor on the CPU, in order, without values; at most MOST_DIMS dimensions.
+inline Tensor empty(const int64_t* sizes, int64_t dims, int32_t dtype = aoti_torch_dtype_float32()) {
   int64_t strides[MOST_DIMS], stride = 1;
   for (int64_t d = dims - 1; d >= 0; --d) {
     strides[d] = stride;
@@ -53,7 +56,7 @@ inline Tensor empty(const int64_t* sizes, int64_t dims) {
   }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
+      dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

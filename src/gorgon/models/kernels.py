@@ -1,4 +1,4 @@
-"""Our own CPU kernels: products in panels (panels.cpp) and attention over spans (attention.cpp).
+"""Our own CPU kernels: products in panels (panels.cpp), attention over spans (attention.cpp), and argmax.cpp.
 
 They are built with the machine's C++ compiler on first use, and kept. What they compute for a node of a draft tree is,
 to the last bit, what they compute for it in plain decoding: no sum depends on what is computed beside it.
@@ -17,7 +17,7 @@ from torch import Tensor
 from gorgon.models.toolchain import build_library, can_build
 
 HEADER = Path(__file__).with_name("kernels.h")
-SOURCES = tuple(HEADER.with_name(name) for name in ("panels.cpp", "attention.cpp"))
+SOURCES = tuple(HEADER.with_name(name) for name in ("panels.cpp", "attention.cpp", "argmax.cpp"))
 
 
 @cache
@@ -38,6 +38,7 @@ def load_kernels() -> None:
     torch.library.register_fake("gorgon::panel_linear", _product)
     torch.library.register_fake("gorgon::panel_products", _products)
     torch.library.register_fake("gorgon::tree_attention", _attended)
+    torch.library.register_fake("gorgon::first_max", _largest)
 
 
 def _product(x: Tensor, _block: Tensor, _offset: int, _inputs: int, _bias: Tensor | None, outputs: int) -> Tensor:
@@ -51,6 +52,10 @@ def _products(x_KRI: Tensor, _panels: Tensor, bias_KO: Tensor) -> Tensor:
 def _attended(queries_BHND: Tensor, _keys: Tensor, values_BGSD: Tensor, _spans: Tensor, _scale: float) -> Tensor:
     batch, heads, nodes, _ = queries_BHND.shape
     return queries_BHND.new_empty(batch, nodes, heads, values_BGSD.shape[3])
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.int64)
 
 
 class Doors(dict[Any, list[str]]):
@@ -77,4 +82,5 @@ DOORS = Doors({
         "AOTITorchError aoti_torch_cpu_tree_attention("
         "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*)"
     ],
+    "gorgon.first_max.default": ["AOTITorchError aoti_torch_cpu_first_max(AtenTensorHandle, AtenTensorHandle*)"],
 })  # fmt: skip

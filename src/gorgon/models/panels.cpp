@@ -147,9 +147,6 @@ void multiply_panels(const Product<Weight>& p, int64_t begin, int64_t end) {
 // How many panels hold so many outputs.
 int64_t panels_for(int64_t outputs) { return (outputs + WIDTH - 1) / WIDTH; }
 
-// The tensor itself, or a copy whose numbers lie in order.
-Tensor in_order(const Tensor& given) { return given.is_contiguous() ? given : torch::stable::contiguous(given); }
-
 // Products of `count` weights, each with rows of its own; `first` is the first of them.
 template <typename Weight>
 void multiply_all(const Product<Weight>& first, int64_t count) {
