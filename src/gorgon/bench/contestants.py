@@ -96,7 +96,7 @@ class Contestants:
         drafts = watched.drafts[: max(1, min(steps, len(answer.step_nodes)))]
         if not drafts:
             return {"parents": [0], "texts": [""], "accepted": [True]}
-        best = max(range(len(drafts)), key=lambda i: drafts[i].depths[answer.step_nodes[i]])
+        best = max(range(len(drafts)), key=lambda i: drafts[i].depth(answer.step_nodes[i]))
         draft, path = drafts[best], drafts[best].path(answer.step_nodes[best])
         decode = self.engine.backbone.tokenizer.decode
         return {

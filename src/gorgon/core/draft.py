@@ -69,6 +69,10 @@ class Draft:
         """By node; the root's is 0."""
         return self._row(DEPTHS)
 
+    def depth(self, node: int) -> int:
+        """Of one node, without listing all of them."""
+        return self.numbers[DEPTHS + node]
+
     @property
     def longest(self) -> int:
         """P, nodes of the longest path."""

@@ -161,13 +161,12 @@ def count_acceptance(
 
 def accepted_depth(draft: Draft, following: Sequence[int]) -> int:
     """Depth of the deepest node that agrees with the text that follows the root."""
+    tokens, parents, depths = draft.tokens, draft.parents, draft.depths
     right = [True] * draft.nodes
     best = 0
     for node in range(1, draft.nodes):
-        depth = draft.depths[node]
-        right[node] = (
-            right[draft.parents[node]] and depth <= len(following) and draft.tokens[node] == following[depth - 1]
-        )
+        depth = depths[node]
+        right[node] = right[parents[node]] and depth <= len(following) and tokens[node] == following[depth - 1]
         if right[node] and depth > best:
             best = depth
     return best

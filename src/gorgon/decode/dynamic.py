@@ -116,7 +116,7 @@ class DynamicDrafter:
         while heap and draft.nodes < self.nodes:
             rate, parent, token, suffix = heappop(heap)
             node = draft.add(token, parent)
-            depth = draft.depths[node]
+            depth = draft.depth(node)
             if depth < DEEPEST and draft.nodes < self.nodes:
                 self._grow(heap, by_depth, node, depth, -rate, (*suffix[1 - LONGEST_MATCH :], token), context)
         return draft

@@ -268,8 +268,9 @@ class Slots:
         if self._all_greedy(batch):
             return None
         with torch.inference_mode():
-            logits_BNV = self.engine.backbone.logits(hidden_BNH)
-            chosen = logits_BNV.argmax(-1).tolist()
+            backbone = self.engine.backbone
+            logits_BNV = backbone.logits(hidden_BNH)
+            chosen = backbone.likeliest(logits_BNV).tolist()
             for b, (running, draft) in enumerate(zip(batch, drafts, strict=True)):
                 if running.takes_argmax:
                     continue
@@ -290,13 +291,13 @@ class Slots:
         if draft.nodes == 1:
             chosen[0] = choose(logits_NV[0], sampling, *state, grammar)
             return chosen
-        parents = [-1, *draft.parents[1:]]
+        tokens, parents = draft.tokens, [-1, *draft.parents[1:]]
         if sampling.acceptance == "typical":  # `Request.limit` lets it have no grammar
-            walked = accept_typical(draft.tokens, parents, logits_NV, sampling, *state)
+            walked = accept_typical(tokens, parents, logits_NV, sampling, *state)
         else:
-            walked = accept_sampled(draft.tokens, parents, logits_NV, sampling, *state, grammar)
+            walked = accept_sampled(tokens, parents, logits_NV, sampling, *state, grammar)
         for node, child in zip(walked.nodes, walked.nodes[1:], strict=False):
-            chosen[node] = draft.tokens[child]
+            chosen[node] = tokens[child]
         chosen[walked.nodes[-1]] = walked.next_token
         return chosen
 

@@ -11,36 +11,35 @@
 
 namespace {
 
-typedef int32_t Places __attribute__((vector_size(LANES * sizeof(int32_t))));
-
 // Numbers that one thread looks at at least.
 constexpr int64_t GRAIN = 1 << 15;
 
 int64_t first_of_largest(const float* x, int64_t size) {
   int64_t best = 0, at = 0;
+  bool numbers = true;
   if (size >= LANES) {
-    Places place, here, odd = {};
+    Integers place, here, odd = {};
     for (int lane = 0; lane < LANES; ++lane) here[lane] = lane;
     place = here;
     Vector most = vector_at(x);
     for (; at + LANES <= size; at += LANES, here += LANES) {
       const Vector given = vector_at(x + at);
-      const Places more = given > most;
+      const Integers more = given > most;
       most = more ? given : most;
       place = more ? here : place;
       odd |= given != given;
     }
     best = place[0];
     for (int lane = 0; lane < LANES; ++lane) {
-      if (odd[lane]) return std::find_if(x, x + size, [](float number) { return number != number; }) - x;
+      numbers &= !odd[lane];
       if (most[lane] > x[best] || (most[lane] == x[best] && place[lane] < best)) best = place[lane];
     }
   }
   for (; at < size; ++at) {
-    if (x[at] != x[at]) return std::find_if(x, x + size, [](float number) { return number != number; }) - x;
+    numbers &= x[at] == x[at];
     if (x[at] > x[best]) best = at;
   }
-  return best;
+  return numbers ? best : std::find_if(x, x + size, [](float number) { return number != number; }) - x;
 }
 
 // [..., size] to int64 [...].

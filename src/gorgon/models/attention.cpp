@@ -21,8 +21,6 @@ namespace {
 constexpr int WIDE = 4, QUERIES = REGISTERS == 32 ? 6 : 2;
 constexpr int64_t FIELDS = 3;
 
-typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(alignof(int32_t))));
-
 // Rows [first, end) of the context, and of the rows from `end` on those whose bits are set.
 struct Span {
   int64_t first, end;

@@ -25,6 +25,7 @@ constexpr int LANES = 4, REGISTERS = 16;
 
 // Lanes of a vector register; they may lie anywhere in memory.
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(alignof(float))));
+typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(alignof(int32_t))));
 
 inline const Vector& vector_at(const float* at) { return *reinterpret_cast<const Vector*>(at); }
 inline Vector& vector_at(float* at) { return *reinterpret_cast<Vector*>(at); }

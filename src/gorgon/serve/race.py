@@ -104,7 +104,7 @@ class Race:
 
     def _own(self, event: Tokens) -> str | None:
         """The token that the model chose after its last confirmed draft; None where the answer ended before it."""
-        if event.draft is None or len(event.ids) <= event.draft.depths[event.node]:
+        if event.draft is None or len(event.ids) <= event.draft.depth(event.node):
             return None
         return token_text(self._tokenizer, event.ids[-1])
 
