@@ -3,7 +3,7 @@
     python benchmarks/limits.py                        # results/limits.json and docs/figures/limits.svg
     python benchmarks/limits.py --sizes 4M,30M --threads 2
     python benchmarks/limits.py --figure               # the figure alone, from the committed result
-    python benchmarks/limits.py --device cuda          # 1B, 8B in bfloat16, with and without CUDA graphs; not yet run
+    python benchmarks/limits.py --device cuda          # 1B, 8B in bfloat16, with and without CUDA graphs
 
 Weights are random: a step's time does not depend on their values. Steps are timed without heads, because a head's cost
 depends on the draft vocabulary that `tune` chooses. docs/peers.md says what the floor is.
@@ -45,6 +45,8 @@ NAMES = {"cpu": "limits", "cuda": "limits-cuda"}
 """Of result and figure."""
 CPU = torch.device("cpu")
 NODES = (1, 2, 4, 8, 16, 32, 64)
+LINES = {"eager": ("#8a6d3b", "--"), "captured": ("#8a6d3b", ":"), "engine": ("#1f6feb", "-")}
+"""How the figure draws each way of running steps."""
 CONTEXT = 256
 """Tokens in the cache when a step begins."""
 LONGEST = 5
@@ -113,14 +115,14 @@ def step_of(backbone: Backbone, nodes: int) -> Callable[[], None]:
     shape = Draft(7)
     for parent in tree.parents[1:]:
         shape.add(9, parent)
-    cache = TreeCache(int(backbone.text_config.num_hidden_layers), 1, CONTEXT + 64 + nodes)
+    cache = TreeCache(int(backbone.text_config.num_hidden_layers), 1, 2 * CONTEXT)
     engine = Engine(backbone, None, PLAIN)
     stepper = engine.stepper(1)
     stepper.prompt(cache, [i % backbone.vocab_size for i in range(CONTEXT)], 0)
-    visible, inputs = engine.visible(CONTEXT + nodes, cache.capacity), Inputs(backbone.device)
+    visible, inputs = backbone.visible(CONTEXT + nodes, cache.capacity), Inputs(backbone.device)
 
     def step() -> None:
-        batch = inputs.drafts([shape], nodes if engine.fixed_shapes else None)
+        batch = inputs.drafts([shape], max(nodes, 2) if engine.fixed_shapes else None)
         stepper.step(cache, batch, inputs.lengths([CONTEXT]), visible)
 
     return step
@@ -130,12 +132,20 @@ def as_stored(_backbone: Backbone) -> None:
     """transformers' modules as they are loaded."""
 
 
+def as_captured(backbone: Backbone) -> None:
+    """The same kernels as CUDA graphs, but for attention's."""
+    backbone.run_steps("captured")
+
+
 def as_engine(backbone: Backbone) -> None:
-    """What `load_engine(..., steps="auto")` does to a backbone; on a GPU, capture."""
+    """What `load_engine(..., steps="auto")` does to a backbone."""
     backbone.run_steps("auto")
 
 
-PATHS: dict[str, Callable[[Backbone], None]] = {"eager": as_stored, "engine": as_engine}
+PATHS: dict[str, dict[str, Callable[[Backbone], None]]] = {
+    "cpu": {"eager": as_stored, "engine": as_engine},
+    "cuda": {"eager": as_stored, "captured": as_captured, "engine": as_engine},
+}
 
 
 def wait(device: torch.device) -> None:
@@ -238,7 +248,7 @@ def measure(size: str, rate: float, memory: float, seconds: float, device: torch
     total = cost["weight_bytes"] + cost["cache_bytes"]
     reached = max(memory, bandwidth(min(total, STREAM_BYTES), device))
     steps: dict[str, Any] = {}
-    for path, prepare in PATHS.items():
+    for path, prepare in PATHS[device.type].items():
         prepare(backbone)
         steps[path] = step_times(backbone, seconds) | ({"run": backbone.steps} if device.type == "cuda" else {})
         curve = ", ".join(f"{n}: {steps[path][str(n)]['median']:.2f}" for n in NODES)
@@ -292,7 +302,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for axes, (size, model) in zip(panels, models.items(), strict=True):
             nodes = [int(n) for n in model["floor_ms"]]
             axes.fill_between(nodes, list(model["floor_ms"].values()), color="#d8dde3", label="floor", linewidth=0)
-            for name, color, dash in (("eager", "#8a6d3b", "--"), ("engine", "#1f6feb", "-")):
+            for name, (color, dash) in LINES.items():
+                if name not in model["step_ms"]:
+                    continue
                 times = [model["step_ms"][name][str(n)]["median"] for n in nodes]
                 axes.plot(nodes, times, dash, color=color, marker="o", markersize=3, label=name)
             axes.set_xscale("log", base=2)

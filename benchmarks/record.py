@@ -55,9 +55,11 @@ def table(results: list[dict[str, Any]]) -> str:
         s = result["summary"]
         speed, latency = s["speedup"], s["latency_ms"]
         plain, hf = speed["vs_plain_range"], speed["vs_transformers_range"]
+        device, threads = s["model"]["device"], s["model"]["threads"]
+        where = f"{threads} CPU threads" if device == "cpu" else device
         cells = [
             f"`{result['name']}`",
-            f"{s['model']['parameters'] / 1e6:.1f}M, {s['model']['dtype']}, {s['model']['threads']} CPU threads",
+            f"{s['model']['parameters'] / 1e6:.1f}M, {s['model']['dtype']}, {where}",
             f"{s['exact_match']:.3f} of {s['prompts']}",
             f"{s['tokens_per_step']:.2f} ({s['tree']['nodes']} nodes)",
             f"**{speed['vs_plain']:.2f}x** ({plain[0]:.2f} to {plain[1]:.2f})",

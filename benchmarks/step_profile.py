@@ -77,8 +77,8 @@ def profile(model: Path, mode: Any, device: str) -> dict[str, dict[str, float]]:
         draft = Draft(7)
         for i in range(nodes - 1):
             draft.add(9, max(0, i - 1))
-        batch = Inputs(backbone.device).drafts([draft], nodes if engine.fixed_shapes else None)
-        visible = engine.visible(CONTEXT + nodes, cache.capacity)
+        batch = Inputs(backbone.device).drafts([draft], max(nodes, 2) if engine.fixed_shapes else None)
+        visible = backbone.visible(CONTEXT + nodes, cache.capacity)
         forward, settle, with_heads = _parts(bare, full, cache, batch, lengths, visible)
         drafting = 0.0
         if drafter is not None and nodes > 1:
@@ -103,7 +103,6 @@ def _parts(
         if pair is None:
             bare.functions(cache).forward(batch.flat_4BN, lengths, visible)
         else:
-            pair.put(batch.flat_4BN, lengths)
             pair.run(0)
         if lengths.device.type == "cuda":
             torch.cuda.synchronize()

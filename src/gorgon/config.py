@@ -25,7 +25,7 @@ QUANTIZATION_HELP = "Weights of the backbone's layers: in full (none), or int8 o
 StepMode = Literal["auto", "eager", "recorded", "compiled", "captured"]
 """How decoding steps are run (`models.compiler`)."""
 STEPS_HELP = (
-    "How steps run; auto compiles on a CPU with a C++ compiler, and is eager on a GPU; captured is for CUDA graphs."
+    "How steps run; auto compiles where it can, on a GPU into CUDA graphs; captured makes them of uncompiled steps."
 )
 
 

@@ -17,11 +17,12 @@ from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.dynamic import DynamicDrafter
 from gorgon.decode.engine import PLAIN, Engine
 from gorgon.decode.request import Request
+from gorgon.decode.step import PROMPT_SIZES
 from gorgon.errors import MissingDependencyError
-from gorgon.models.backbone import load_backbone
+from gorgon.models.backbone import Backbone, load_backbone
 from gorgon.models.compiler import pick_mode
 from gorgon.models.graphs import Graphs
-from tests.parity.support import TREES, Recorder
+from tests.parity.support import TREES, Oracle, Recorder, backbone_of, prompts
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: CUDA graphs are not run")
@@ -81,6 +82,10 @@ def captured(engine, recorder=None, most=64):
     return Engine(backbone, engine.heads, PLAIN)
 
 
+def prompt_sizes(asked):
+    return {-(-len(prompt) // PROMPT_SIZES) for prompt in asked}
+
+
 def drafters():
     acceptance = AcceptanceCounts(3).fit()  # of nothing: every candidate is as likely
     return {
@@ -114,7 +119,8 @@ def test_whole_answers_are_the_same(eager, asked, kind, together):
     engine = captured(eager, recorder)
     assert answers(engine, drafter, asked, together) == answers(eager, drafter, asked, together)
     steps = sum(len(nodes) for _, nodes, _ in answers(eager, drafter, asked, together))
-    assert 0 < recorder.captured <= 2 * together < steps, "one graph for each batch size and 256 rows of context"
+    most = 2 * together + len(prompt_sizes(asked))
+    assert 0 < recorder.captured <= most < steps, "one graph for each batch size and 256 rows of context, or prompt"
 
 
 @pytest.mark.parametrize("kind", drafters())
@@ -132,7 +138,7 @@ def test_a_growing_context_takes_the_next_graph(eager, asked):
     recorder = Recorder()
     expected = eager.answer(prompt, max_new_tokens=40).token_ids
     assert captured(eager, recorder).answer(prompt, max_new_tokens=40).token_ids == expected
-    assert recorder.captured == 2 or len(expected) < 25
+    assert recorder.captured == 1 + 2 or len(expected) < 25, "the prompt's, and two of steps"
 
 
 @pytest.mark.parametrize("most", [1, 2])
@@ -141,7 +147,7 @@ def test_the_shape_used_longest_ago_goes_first(eager, asked, most):
     engine = captured(eager, recorder, most)
     sampling = [SAMPLED, Sampling(), Sampling()]
     assert answers(engine, drafter, asked, 3, sampling) == answers(eager, drafter, asked, 3, sampling)
-    assert 0 < len(engine.backbone.graphs) <= most < recorder.captured
+    assert 0 < len(engine.backbone.graphs) <= 2 * most < recorder.captured, "of two caches: prompts have their own"
 
 
 def test_a_shape_is_captured_once(eager, asked):
@@ -155,7 +161,7 @@ def test_a_shape_is_captured_once(eager, asked):
         while slots.running:
             slots.step()
         counts.append(recorder.captured)
-    assert counts[0] == counts[1] == 1
+    assert counts[0] == counts[1] == 2, "the prompt's and the step's"
 
 
 def test_new_buffers_are_captured_anew(eager, asked):
@@ -170,7 +176,7 @@ def test_new_buffers_are_captured_anew(eager, asked):
     cache.keys, cache.values = [t.clone() for t in cache.keys], [t.clone() for t in cache.values]
     while slots.running:
         slots.step()
-    assert recorder.captured == 2 and running.generation.token_ids == expected
+    assert recorder.captured == 1 + 2 and running.generation.token_ids == expected
 
 
 def test_other_heads_on_the_same_cache_are_captured_anew(eager, asked):
@@ -201,7 +207,7 @@ def test_a_cache_that_is_gone_takes_its_graphs_with_it(eager, asked):
     slots.admit(Request(asked[0], 2))
     slots.read_prompt()
     slots.step()
-    assert len(engine.backbone.graphs) == 1
+    assert len(engine.backbone.graphs) == 2
     del slots
     gc.collect()
     assert len(engine.backbone.graphs) == 0
@@ -217,13 +223,30 @@ def test_steps_that_cannot_be_captured_run_one_by_one_and_say_so_once(eager, ask
     assert recorder.captured == 1 and len(engine.backbone.graphs) == 0 and engine.backbone.graphs.failed
 
 
-def test_the_mode_is_for_gpus():
-    assert pick_mode("captured", 1, torch.device("cuda")) == "captured"
-    assert pick_mode("auto", 1, torch.device("cuda")) == "eager"
+def test_the_mode_is_for_gpus(monkeypatch):
+    gpu = torch.device("cuda")
+    assert pick_mode("captured", 1, gpu) == "captured"
     assert pick_mode("auto", 1 << 40, torch.device("cpu")) == "recorded"
-    with pytest.raises(MissingDependencyError, match="CUDA") as error:
-        pick_mode("captured", 1, torch.device("cpu"))
-    assert error.value.exit_code == 2 and error.value.field == "steps"
+    for triton, mode in ((True, "compiled"), (False, "captured")):
+        monkeypatch.setattr("gorgon.models.compiler.triton_works", lambda triton=triton: triton)
+        assert pick_mode("auto", 1 << 40, gpu) == mode
+    for mode, device, why in (("captured", torch.device("cpu"), "CUDA"), ("compiled", gpu, "Triton"),
+                              ("recorded", gpu, "CPU")):  # fmt: skip
+        with pytest.raises(MissingDependencyError, match=why) as error:
+            pick_mode(mode, 1, device)
+        assert error.value.exit_code == 2 and error.value.field == "steps" and mode not in error.value.allowed
+
+
+@pytest.fixture(scope="module")
+def one_by_one():
+    return with_heads(load_backbone("embedded", dtype="float32", device="cuda"))
+
+
+@pytest.fixture(scope="module", params=["captured", "compiled"])
+def on_gpu(request):
+    engine = with_heads(load_backbone("embedded", dtype="float32", device="cuda"))
+    engine.backbone.run_steps(request.param)
+    return engine
 
 
 @gpu
@@ -231,14 +254,39 @@ def test_the_mode_is_for_gpus():
 @pytest.mark.parametrize("kind", drafters())
 @pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("sampling", [(), (SAMPLED, Sampling(), SAMPLED)], ids=["greedy", "sampled"])
-def test_cuda_graphs_write_the_tokens_of_eager_steps(asked, kind, together, sampling):
-    one_by_one = with_heads(load_backbone("embedded", dtype="float32", device="cuda"))
-    graphs = captured(one_by_one)
-    graphs.backbone.run_steps("captured")
+def test_cuda_graphs_write_the_tokens_of_eager_steps(one_by_one, on_gpu, asked, kind, together, sampling):
+    expected = answers(one_by_one, drafters()[kind], asked, together, sampling)
     for _ in range(2):  # captured, then replayed alone
-        found = answers(graphs, drafters()[kind], asked, together, sampling)
-        assert found == answers(one_by_one, drafters()[kind], asked, together, sampling)
-    assert not graphs.backbone.graphs.failed and len(graphs.backbone.graphs) > 0
+        assert answers(on_gpu, drafters()[kind], asked, together, sampling) == expected
+    assert not on_gpu.backbone.graphs.failed
+
+
+@gpu
+@needs_cuda
+def test_a_cuda_graph_is_captured_once(on_gpu, asked):
+    slots = on_gpu.with_drafter(drafters()["dynamic"]).slots(1, 512)
+    counts = []
+    for _ in range(2):
+        slots.admit(Request(asked[0], 12, ignore_end=True))
+        slots.read_prompt()
+        while slots.running:
+            slots.step()
+        counts.append(len(on_gpu.backbone.graphs))
+    assert counts[0] == counts[1] > 0
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize("family", ["gemma2", "mistral, short window", "gpt-neox"])
+def test_families_compiled_on_a_gpu(family):
+    """Soft-capping keeps torch's attention with its masks; windows shape the spans; biases keep products apart."""
+    small = backbone_of(family, own=True)
+    expected = [Engine(small, None, PLAIN).answer(p, max_new_tokens=20).token_ids for p in prompts()]
+    backbone = Backbone(family, small.model.to("cuda"), small.tokenizer, torch.device("cuda"), torch.float32)
+    backbone.run_steps("compiled")
+    engine = Engine(backbone, None, Oracle(TREES["bushy + ngram"], list(zip(prompts(), expected, strict=True))))
+    found = [engine.answer(p, max_new_tokens=20).token_ids for p in prompts()]
+    assert found == expected and not backbone.graphs.failed
 
 
 @gpu
@@ -247,6 +295,6 @@ def test_cuda_graphs_in_the_dtype_of_a_gpu(asked):
     """bfloat16 rounds by shape: most tokens are the same, and nothing breaks over a long answer."""
     graphs = with_heads(load_backbone("embedded", dtype="bfloat16", device="cuda"))
     graphs.backbone.run_steps("auto")
-    assert graphs.backbone.steps == "captured"
+    assert graphs.backbone.steps == "compiled"
     found = graphs.with_drafter(drafters()["dynamic"]).generate(asked, max_new_tokens=300, together=3)
     assert all(len(g.token_ids) > 1 for g in found) and not graphs.backbone.graphs.failed

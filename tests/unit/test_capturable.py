@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from gorgon.core.draft import Draft
 from gorgon.core.heads import MedusaHeads, PackedHeads
+from gorgon.decode.functions import settle, verify
 from gorgon.decode.inputs import Inputs
-from gorgon.decode.step import Stepper, _settle, _verify
+from gorgon.decode.step import Stepper
 from gorgon.models.cache import TreeCache
 from tests.parity.support import FAMILIES, VOCAB, backbone_of
 
@@ -76,8 +77,8 @@ def run(backbone, drafts, *, heads=0, sampled=False):
     choices = torch.zeros(len(drafts), 6, dtype=torch.int64, device=META) if sampled else None
     reads = Stepper(backbone, packed, 3, None)._reads
     with torch.inference_mode(), NoHostValues(), Capturable() as mode:
-        hidden = _verify(backbone, cache, batch.flat_4BN, lengths_B, 24)
-        table = _settle(backbone, cache, batch.flat_4BN, lengths_B, batch.longest, hidden, choices, reads)
+        hidden = verify(backbone, cache, batch.flat_4BN, lengths_B, 24)
+        table = settle(backbone, cache, batch.flat_4BN, lengths_B, batch.longest, hidden, choices, reads)
     assert batch.longest == 6, "fixed, not the depth of today's drafts"
     assert table.shape == (len(drafts), 3 + 2 * 6 + 2 * heads * 3) and table.dtype == torch.float64
     return mode.seen

@@ -171,7 +171,7 @@ def test_a_step_of_the_limits_benchmark_with_and_without_graphs(captured):
     step = limits.step_of(backbone, 8)
     step()
     step()
-    assert recorder.captured == captured
+    assert recorder.captured == (2 if captured else 0), "the prompt and the step"
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -183,4 +183,4 @@ def test_the_parts_of_a_step_with_and_without_graphs(captured, monkeypatch):
     stepper.prompt(cache, [5, 6, 7], 0)
     batch = Inputs(backbone.device).drafts([Draft(7)], 4)
     parts = step_profile._parts(stepper, stepper, cache, batch, torch.tensor([3]), 7)
-    assert parts[0] > 0 and len(parts) == 3 and recorder.captured == 3 * captured
+    assert parts[0] > 0 and len(parts) == 3 and recorder.captured == (1 + 3 if captured else 0)

@@ -107,12 +107,6 @@ class Engine:
         most = max(d.heads for d in self.drafters.values())
         return packed_heads(self.backbone, self.heads, most, self.vocabulary_U) if self.heads is not None else None
 
-    def visible(self, needed: int, capacity: int) -> int:
-        """Cache rows that a step is given: the backbone's, in large units where steps are captured by shape."""
-        if self.fixed_shapes:
-            return min(-(-needed // ROUNDING) * ROUNDING, capacity)
-        return self.backbone.visible(needed, capacity)
-
     def slots(self, count: int, context: int, *, reuse: bool = False) -> Slots:
         """Room for `count` requests of at most `context` tokens, to be stepped by the caller (a server's scheduler)."""
         return Slots(self, count, context, reuse=reuse)

@@ -1,6 +1,8 @@
 """What a step is given, as tensors: drafts and lengths, written into memory that is used again.
 
-Making a small tensor of a list takes torch longer than a small kernel; copying numbers into one's memory does not.
+Making a small tensor of a list takes torch longer than a small kernel; copying numbers into one's memory does not. On a
+GPU the memory is pinned, so that nothing waits for the copy, and the tensors there stay where they are, so that a
+captured step can read them.
 Shapes: B sequences, N nodes.
 """
 
@@ -10,14 +12,27 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gorgon.core.draft import BITS, DEPTHS, PARENTS, TOKENS, Draft
 
-Room = tuple["array[int]", Tensor]
-"""Memory, and the tensor that lies in it."""
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Memory that is written, the tensor that lies in it, and the one that a step reads: the same on a CPU."""
+
+    memory: Any  # takes slices of an array("q"): one, or a view of pinned memory
+    host: Tensor
+    given: Tensor
+
+    def tensor(self) -> Tensor:
+        """The one that a step reads, with what the memory holds now."""
+        if self.given is not self.host:
+            self.given.copy_(self.host, non_blocking=True)
+        return self.given
 
 
 @dataclass(slots=True)
@@ -41,7 +56,7 @@ class Inputs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._rooms: dict[tuple[int, ...], Room] = {}
+        self._rooms: dict[tuple[int, ...], _Room] = {}
 
     def drafts(self, drafts: Sequence[Draft], nodes: int | None = None, *, least: int = 1) -> DraftBatch:
         """Args:
@@ -49,28 +64,42 @@ class Inputs:
         least: fill up to this many; two keep a draft of the root alone from being a shape of its own to the compiler.
         """
         size = max([least, *[d.nodes for d in drafts]]) if nodes is None else nodes
-        memory, flat_4BN = self._room(4, len(drafts), size)
-        at = 0
+        room = self._room(4, len(drafts), size)
+        memory, at = room.memory, 0
         for row in (TOKENS, PARENTS, DEPTHS, BITS):
             for draft in drafts:
                 memory[at : at + size] = draft.numbers[row : row + size]
                 at += size
         longest = size if nodes is not None else max([least, *[d.longest for d in drafts]])
-        return DraftBatch(self._on_device(flat_4BN), longest)
+        return DraftBatch(room.tensor(), longest)
 
     def lengths(self, lengths: Sequence[int]) -> Tensor:
         """Committed rows of every sequence, int64 [B]."""
-        memory, lengths_B = self._room(len(lengths))
+        room = self._room(len(lengths))
         for b, length in enumerate(lengths):
-            memory[b] = length
-        return self._on_device(lengths_B)
+            room.memory[b] = length
+        return room.tensor()
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+    def prompt(self, tokens: Sequence[int], size: int) -> Tensor:
+        """A part of a prompt [1, T], filled up to `size`."""
+        room = self._room(1, size)
+        room.memory[: len(tokens)] = array("q", tokens)
+        return room.tensor()
 
-    def _room(self, *shape: int) -> Room:
+    def _room(self, *shape: int) -> _Room:
         found = self._rooms.get(shape)
         if found is None:
-            memory = array("q", [0]) * math.prod(shape)
-            found = self._rooms[shape] = memory, torch.frombuffer(memory, dtype=torch.int64).view(shape)
+            found = self._rooms[shape] = _make_room(shape, self.device)
         return found
+
+
+def _make_room(shape: tuple[int, ...], device: torch.device) -> _Room:
+    size = math.prod(shape)
+    if device.type != "cuda":
+        memory = array("q", [0]) * size
+        host = torch.frombuffer(memory, dtype=torch.int64).view(shape)
+        return _Room(memory, host, host if device.type == "cpu" else torch.empty_like(host, device=device))
+    pinned = torch.zeros(size, dtype=torch.int64, pin_memory=True)
+    values: Any = pinned.numpy()
+    view = memoryview(values).cast("B").cast("q")  # an array's slices fit only a view of the same format
+    return _Room(view, pinned.view(shape), torch.empty(shape, dtype=torch.int64, device=device))

@@ -224,11 +224,11 @@ class Slots:
         for running, draft in zip(batch, drafts, strict=True):
             running.draft = draft
         tensors = self._inputs.drafts(
-            drafts, drafter.nodes if engine.fixed_shapes else None, least=min(drafter.nodes, 2)
+            drafts, max(drafter.nodes, 2) if engine.fixed_shapes else None, least=min(drafter.nodes, 2)
         )
         lengths = [r.length for r in batch]
         lengths_B = self._inputs.lengths(lengths)
-        visible = engine.visible(max(lengths) + tensors.nodes, self._cache.capacity)
+        visible = engine.backbone.visible(max(lengths) + tensors.nodes, self._cache.capacity)
         choose = None if self._all_greedy(batch) else partial(self._choices, batch, drafts)
         hidden_BNH, settled = stepper.step(self._cache, tensors, lengths_B, visible, choose)
         for b, (running, decided) in enumerate(zip(batch, settled, strict=True)):

@@ -16,20 +16,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gorgon.core.accept import accept
 from gorgon.core.draft import Draft
-from gorgon.core.heads import Layer, MedusaHeads, PackedHeads, batched_products, read_heads
+from gorgon.core.heads import MedusaHeads, PackedHeads
+from gorgon.decode import functions
+from gorgon.decode.functions import Reads
 from gorgon.decode.inputs import DraftBatch, Inputs
 from gorgon.models.backbone import Backbone
 from gorgon.models.cache import TreeCache
-from gorgon.models.compiler import BoundFunction
-from gorgon.models.graphs import Captured, Outputs
-from gorgon.models.panels import in_panels, panel_products
+from gorgon.models.compiler import Binder, BoundFunction, StepFunction, step_function
+from gorgon.models.graphs import Captured, Outputs, Stage
+from gorgon.models.panels import in_panels
 
 Choose = Callable[[Tensor], Tensor | None]
-Buffers = Sequence[Tensor]
-Reads = tuple[tuple[Layer, ...], int, Tensor | None]
-"""The heads as a step function is given them: `PackedHeads.layers`, in panels or not, R, and the draft vocabulary."""
+PROMPT_SIZES = 64
+"""Captured prompts are filled up to multiples of this."""
 
 
 @dataclass(slots=True)
@@ -113,6 +113,7 @@ class Stepper:
         self._reads: Reads | None = None if heads is None else (heads.layers, width, vocabulary_U)
         self._heads = 0 if heads is None else len(heads.layers[-1][1])
         self._end = Inputs(backbone.device).drafts([Draft(0)])  # of a prompt: a tree without drafts
+        self._prompts = Inputs(backbone.device)
         self._by_cache: WeakKeyDictionary[TreeCache, Functions] = WeakKeyDictionary()
 
     def functions(self, cache: TreeCache) -> Functions:
@@ -120,11 +121,16 @@ class Stepper:
         found = self._by_cache.get(cache)
         if found is None:
             given = (*cache.buffers, self._reads)
-            bind = self.backbone.step_function
             found = self._by_cache[cache] = Functions(
-                bind(_forward)(*given), bind(_greedy)(*given), bind(_prompt)(*given)
+                *(self._bind(f)(*given) for f in (functions.forward, functions.greedy, functions.prompt))
             )
         return found
+
+    def _bind(self, function: StepFunction) -> Binder:
+        """On a GPU the layers may be compiled; what is around them is captured, and otherwise runs as it is."""
+        if self.backbone.graphs is None:
+            return self.backbone.step_function(function)
+        return step_function(function, self.backbone, "eager")
 
     @torch.inference_mode()
     def settle(
@@ -139,7 +145,7 @@ class Stepper:
 
         Args: choices_BN: the backbone's sampled token after each node; None takes the argmax.
         """
-        packed = _settle(
+        packed = functions.settle(
             self.backbone, cache, batch.flat_4BN, lengths_B, batch.longest, hidden_BNH, choices_BN, self._reads
         )
         return self._decided(packed.tolist(), batch.longest)
@@ -153,25 +159,46 @@ class Stepper:
         Args: choose: makes `choices_BN` of the hidden states; None takes the argmax, and then the step is one piece.
         """
         captured = self._captured(cache, batch, lengths_B, visible, choose is not None)
-        if captured is None:
-            flat_4BN, longest = batch.flat_4BN, batch.longest
-            functions = self.functions(cache)
-            if choose is None:
-                hidden_BNH, packed = functions.greedy(flat_4BN, lengths_B, visible, longest)
-                return hidden_BNH, self._decided(packed.tolist(), longest)
-            (hidden_BNH,) = functions.forward(flat_4BN, lengths_B, visible)
-            return hidden_BNH, self.settle(cache, batch, lengths_B, hidden_BNH, choose(hidden_BNH))
-        assert self.backbone.graphs is not None
-        captured.put(batch.flat_4BN, lengths_B)
+        if captured is not None:
+            hidden_BNH, rows = self._replay(captured, choose)
+            return hidden_BNH, self._decided(rows, batch.longest)
+        flat_4BN, longest = batch.flat_4BN, batch.longest
+        bound = self.functions(cache)
         if choose is None:
-            hidden_BNH, packed = captured.run(0)
-        else:
-            (hidden_BNH,) = captured.run(0)
-            choices_BN = choose(hidden_BNH)
-            assert choices_BN is not None
-            captured.put(choices_BN, at=2)
-            (packed,) = captured.run(1)
-        return hidden_BNH, self._decided(self.backbone.graphs.recorder.fetch(packed), batch.longest)
+            hidden_BNH, packed = bound.greedy(flat_4BN, lengths_B, visible, longest)
+            return hidden_BNH, self._decided(packed.tolist(), longest)
+        (hidden_BNH,) = bound.forward(flat_4BN, lengths_B, visible)
+        return hidden_BNH, self.settle(cache, batch, lengths_B, hidden_BNH, choose(hidden_BNH))
+
+    @torch.inference_mode()
+    def prompt(
+        self, cache: TreeCache, tokens: Sequence[int], start: int, choose: Choose | None = None
+    ) -> tuple[Tensor, Decided]:
+        """Runs a part of a prompt, which begins at position `start`.
+
+        Args: choose: as for `step`.
+        Returns: its last hidden state [1, 1, H], and the token after it with what the heads say there.
+        """
+        backbone = self.backbone
+        if not cache.keys:  # the buffers come to be; step functions are given them
+            first_11 = torch.tensor([list(tokens[:1])], device=backbone.device)
+            backbone.forward_prompt(cache, first_11, torch.tensor([start], device=backbone.device), start + 1)
+        captured = self._captured_prompt(cache, tokens, start, choose is not None)
+        if captured is not None:
+            hidden_11H, rows = self._replay(captured, choose)
+            return hidden_11H, self._decided(rows, self._end.longest)[0]
+        tokens_1T = torch.tensor([list(tokens)], device=backbone.device)
+        start_1 = torch.tensor([start], device=backbone.device)
+        # A single token has a shape of its own to the compiler, and is not worth compiling for.
+        given = tokens_1T, start_1, backbone.visible(start + len(tokens), cache.capacity), self._end.flat_4BN
+        with backbone.last_row.wanted():
+            if len(tokens) > 1:
+                hidden_11H, packed = self.functions(cache).prompt(*given)
+            else:
+                hidden_11H, packed = functions.prompt(backbone, *given, *cache.buffers, self._reads)
+        if choose is None:
+            return hidden_11H, self._decided(packed.tolist(), self._end.longest)[0]
+        return hidden_11H, self.settle(cache, self._end, start_1, hidden_11H, choose(hidden_11H))[0]
 
     def _captured(
         self, cache: TreeCache, batch: DraftBatch, lengths_B: Tensor, visible: int, sampled: bool
@@ -183,45 +210,52 @@ class Stepper:
         backbone, longest = self.backbone, batch.longest
 
         def forward(inputs: Sequence[Tensor], _: Sequence[Outputs]) -> Outputs:
-            return (_verify(backbone, cache, inputs[0], inputs[1], visible),)
+            return (functions.verify(backbone, cache, inputs[0], inputs[1], visible),)
 
         def settle(inputs: Sequence[Tensor], before: Sequence[Outputs]) -> Outputs:
             (hidden_BNH,), choices_BN = before[0], inputs[2] if sampled else None
-            return (_settle(backbone, cache, inputs[0], inputs[1], longest, hidden_BNH, choices_BN, self._reads),)
+            decide = backbone.step_function(functions.decide)()
+            path_BP, packed = decide(inputs[0], longest, hidden_BNH, choices_BN, self._reads)
+            cache.keep(inputs[1], path_BP)
+            return (packed,)
 
-        def whole(inputs: Sequence[Tensor], before: Sequence[Outputs]) -> Outputs:
-            hidden = forward(inputs, before)
-            return (*hidden, *settle(inputs, [hidden]))
+        key, tokens_BN = (self, sampled, len(lengths_B), batch.nodes, longest, visible), batch.flat_4BN[0]
+        return graphs.of(cache, key, [batch.flat_4BN, lengths_B], *_stages(forward, settle, tokens_BN, sampled))
 
-        inputs = [batch.flat_4BN, lengths_B]
-        inputs += [torch.zeros_like(batch.flat_4BN[0])] if sampled else []
-        key = (self, sampled, len(lengths_B), batch.nodes, longest, visible)
-        return graphs.of(cache, key, inputs, (forward, settle) if sampled else (whole,))
+    def _captured_prompt(self, cache: TreeCache, tokens: Sequence[int], start: int, sampled: bool) -> Captured | None:
+        """The same for a part of a prompt, filled up to a size that others have, too: what stands behind its end is
+        written over before anything reads it."""
+        backbone = self.backbone
+        if backbone.graphs is None:
+            return None
+        size = min(-(-len(tokens) // PROMPT_SIZES) * PROMPT_SIZES, cache.capacity - start)
+        visible = backbone.visible(start + size, cache.capacity)
 
-    @torch.inference_mode()
-    def prompt(
-        self, cache: TreeCache, tokens: Sequence[int], start: int, choose: Choose | None = None
-    ) -> tuple[Tensor, Decided]:
-        """Runs a part of a prompt, which begins at position `start`.
+        def forward(inputs: Sequence[Tensor], _: Sequence[Outputs]) -> Outputs:
+            tokens_1T, places_2 = inputs[:2]
+            hidden_1TH = backbone.forward_prompt(cache, tokens_1T, places_2[:1], visible)
+            return (hidden_1TH.index_select(1, places_2[1:]),)
 
-        Args: choose: as for `step`.
-        Returns: its last hidden state [1, 1, H], and the token after it with what the heads say there.
-        """
-        tokens_1T = torch.tensor([list(tokens)], device=self.backbone.device)
-        start_1 = torch.tensor([start], device=self.backbone.device)
-        visible = self.backbone.visible(start + len(tokens), cache.capacity)
-        if not cache.keys:  # the buffers come to be; step functions are given them
-            self.backbone.forward_prompt(cache, tokens_1T[:, :1], start_1, start + 1)
-        # A single token has a shape of its own to the compiler, and is not worth compiling for.
-        given = tokens_1T, start_1, visible, self._end.flat_4BN
-        with self.backbone.last_row.wanted():
-            if len(tokens) > 1:
-                hidden_11H, packed = self.functions(cache).prompt(*given)
-            else:
-                hidden_11H, packed = _prompt(self.backbone, *given, *cache.buffers, self._reads)
+        def settle(inputs: Sequence[Tensor], before: Sequence[Outputs]) -> Outputs:
+            (hidden_11H,), choices_11 = before[0], inputs[2] if sampled else None
+            return (functions.decide(backbone, self._end.flat_4BN, 1, hidden_11H, choices_11, self._reads)[1],)
+
+        given = [self._prompts.prompt(tokens, size), self._prompts.lengths([start, len(tokens) - 1])]
+        key, tokens_11 = (self, sampled, size, visible), self._end.flat_4BN[0]
+        return backbone.graphs.of(cache, key, given, *_stages(forward, settle, tokens_11, sampled))
+
+    def _replay(self, captured: Captured, choose: Choose | None) -> tuple[Tensor, Sequence[list[float]]]:
+        """Hidden states, and the table on the host."""
+        assert self.backbone.graphs is not None
         if choose is None:
-            return hidden_11H, self._decided(packed.tolist(), self._end.longest)[0]
-        return hidden_11H, self.settle(cache, self._end, start_1, hidden_11H, choose(hidden_11H))[0]
+            hidden_BNH, packed = captured.run(0)
+        else:
+            (hidden_BNH,) = captured.run(0)
+            choices_BN = choose(hidden_BNH)
+            assert choices_BN is not None
+            captured.inputs[-1].copy_(choices_BN)
+            (packed,) = captured.run(1)
+        return hidden_BNH, self.backbone.graphs.recorder.fetch(packed)
 
     def _decided(self, rows: Sequence[list[float]], longest: int) -> list[Decided]:
         return [self._of_row(row, longest) for row in rows]
@@ -237,91 +271,11 @@ class Stepper:
         )
 
 
-def _verify(backbone: Backbone, cache: TreeCache, flat_4BN: Tensor, lengths_B: Tensor, visible: int) -> Tensor:
-    tokens_BN, _, depths_BN, bits_BN = flat_4BN.unbind(0)
-    return backbone.forward_tree(cache, tokens_BN, depths_BN, bits_BN, lengths_B, visible)
+def _stages(forward: Stage, settle: Stage, tokens_BN: Tensor, sampled: bool) -> tuple[list[Stage], list[Tensor]]:
+    """A step as the stages that are captured, and what sampled tokens are like, which are put in between."""
 
+    def whole(inputs: Sequence[Tensor], before: Sequence[Outputs]) -> Outputs:
+        hidden = forward(inputs, before)
+        return (*hidden, *settle(inputs, [hidden]))
 
-def _forward(
-    backbone: Backbone,
-    flat_4BN: Tensor,
-    lengths_B: Tensor,
-    visible: int,
-    keys: Buffers,
-    values: Buffers,
-    _reads: Reads | None,
-) -> tuple[Tensor]:
-    """Hidden states [B, N, H] of all nodes; their rows are in the cache's buffers."""
-    return (_verify(backbone, TreeCache.over(keys, values), flat_4BN, lengths_B, visible),)
-
-
-def _settle(
-    backbone: Backbone,
-    cache: TreeCache,
-    flat_4BN: Tensor,
-    lengths_B: Tensor,
-    longest: int,
-    hidden_BNH: Tensor,
-    choices_BN: Tensor | None,
-    reads: Reads | None,
-) -> Tensor:
-    """Everything a step decides, as one float64 table [B, 3 + 2P + 2KR], so that it comes back in one transfer.
-
-    Float64 holds every token id and every float32 log-probability exactly.
-    """
-    tokens_BN, parents_BN, depths_BN, bits_BN = flat_4BN.unbind(0)
-    logits_BNV = backbone.logits(hidden_BNH)
-    top_BN = backbone.likeliest(logits_BNV)
-    chosen_BN = top_BN if choices_BN is None else choices_BN
-    best_B, path_BP = accept(tokens_BN, chosen_BN, parents_BN, depths_BN, bits_BN, longest)
-    if longest > 1:
-        cache.keep(lengths_B, path_BP)
-    rows_B = torch.arange(len(best_B), device=best_B.device)
-    largest_BN = logits_BNV.gather(-1, top_BN.unsqueeze(-1)).squeeze(-1)
-    parts = [
-        torch.stack((best_B, depths_BN[rows_B, best_B], chosen_BN[rows_B, best_B]), dim=1),
-        tokens_BN.gather(1, path_BP),
-        torch.isfinite(largest_BN.gather(1, path_BP)),
-    ]
-    if reads is not None:
-        layers, width, vocabulary_U = reads
-        multiply = panel_products if layers[-1][0].dim() == 4 else batched_products
-        logits_KBU = read_heads(hidden_BNH[rows_B, best_B], layers, multiply)
-        top_KBR = logits_KBU.topk(width, dim=-1)
-        found_KBR = top_KBR.indices if vocabulary_U is None else vocabulary_U[top_KBR.indices]
-        logprobs_KBR = top_KBR.values.float() - logits_KBU.float().logsumexp(-1, keepdim=True)
-        parts += [found_KBR.transpose(0, 1).flatten(1), logprobs_KBR.transpose(0, 1).flatten(1)]
-    return torch.cat([part.double() for part in parts], dim=1)
-
-
-def _greedy(
-    backbone: Backbone,
-    flat_4BN: Tensor,
-    lengths_B: Tensor,
-    visible: int,
-    longest: int,
-    keys: Buffers,
-    values: Buffers,
-    reads: Reads | None,
-) -> tuple[Tensor, Tensor]:
-    """A whole step whose tokens are the argmax: hidden states of all nodes, and the table of `_settle`."""
-    cache = TreeCache.over(keys, values)
-    hidden_BNH = _verify(backbone, cache, flat_4BN, lengths_B, visible)
-    return hidden_BNH, _settle(backbone, cache, flat_4BN, lengths_B, longest, hidden_BNH, None, reads)
-
-
-def _prompt(
-    backbone: Backbone,
-    tokens_1T: Tensor,
-    start_1: Tensor,
-    visible: int,
-    root_411: Tensor,
-    keys: Buffers,
-    values: Buffers,
-    reads: Reads | None,
-) -> tuple[Tensor, Tensor]:
-    """A part of a prompt: its last hidden state [1, 1, H], and the table of `_settle` for a tree that is its end."""
-    cache = TreeCache.over(keys, values)
-    hidden_1TH = backbone.forward_prompt(cache, tokens_1T, start_1, visible)
-    last_11H = hidden_1TH[:, -1:].clone()
-    return last_11H, _settle(backbone, cache, root_411, start_1, 1, last_11H, None, reads)
+    return ([forward, settle], [tokens_BN]) if sampled else ([whole], [])

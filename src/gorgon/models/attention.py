@@ -1,4 +1,4 @@
-"""Attention of a step over spans of the cache, by our own kernel on the CPU, as transformers lets models choose it.
+"""Attention of a step over spans of the cache, by our own kernels, as transformers lets models choose it.
 
 A model asks transformers for the attention that its configuration names. Ours takes what each node sees as a span of
 the context and the bits of its ancestors (`models.masks`), in the place of a mask. Given a mask, it is torch's.
@@ -7,6 +7,7 @@ Shapes: B sequences, A attention heads, G key-value heads, N nodes, S rows of th
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -20,15 +21,18 @@ UNKNOWN = ("softcap", "s_aux", "position_bias")
 """Arguments of transformers' attention functions that our kernel knows nothing of."""
 
 
-def register() -> None:
-    """Makes the kernel known to transformers.
+def register(device: torch.device) -> None:
+    """Makes the device's kernel known to transformers.
 
     Raises: MissingDependencyError when it cannot be built.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    load_kernels()
+    if device.type == "cuda":
+        importlib.import_module("gorgon.models.triton_kernels")
+    else:
+        load_kernels()
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -59,4 +63,5 @@ def attend(
     if unknown := [name for name in UNKNOWN if options.get(name) is not None]:
         raise ValueError(f"attention over spans has no {', '.join(unknown)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return torch.ops.gorgon.tree_attention(query, key, value, attention_mask, scale), None
+    kernel = torch.ops.gorgon.span_attention if query.is_cuda else torch.ops.gorgon.tree_attention
+    return kernel(query, key, value, attention_mask, scale), None

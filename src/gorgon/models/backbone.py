@@ -21,9 +21,10 @@ from gorgon.core.accept import ancestors
 from gorgon.errors import ModelError
 from gorgon.models import attention
 from gorgon.models.cache import TreeCache
-from gorgon.models.compiler import Binder, StepFunction, pick_mode, step_function
+from gorgon.models.compiler import Binder, BoundFunction, StepFunction, pick_mode, step_function
 from gorgon.models.families import attention_of, refuse_mismatch, refuse_other_results, refuse_unsupported
-from gorgon.models.graphs import CudaRecorder, Graphs
+from gorgon.models.gpu import run_layers, run_on_gpu
+from gorgon.models.graphs import Graphs
 from gorgon.models.kernels import kernels_work
 from gorgon.models.last_row import LastRow
 from gorgon.models.linear import lay_out_linear_weights
@@ -31,6 +32,8 @@ from gorgon.models.masks import additive, prompt_spans, prompt_visibility, tree_
 from gorgon.models.quantize import quantizer
 
 log = logging.getLogger(__name__)
+ROUNDED = 256
+"""Rows of the cache are given to captured steps in multiples of this, so that few shapes are captured."""
 EMBEDDED_DIRECTORY = Path(__file__).parent / "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -98,6 +101,7 @@ class Backbone:
     Attributes:
         kernels: whether our own kernels run its steps (`models.kernels`).
         spans: whether its layers are told what nodes see as spans (`models.attention`), not as masks.
+        layers: the decoder as it was compiled on a GPU, for steps and prompts alike (`models.gpu`).
         last_row: how a prompt is read of which only the last row is wanted.
     """
 
@@ -111,6 +115,7 @@ class Backbone:
     graphs: Graphs | None = None
     kernels: bool = False
     spans: bool = False
+    layers: BoundFunction | None = None
     last_row: LastRow = field(default_factory=LastRow)
     _functions: dict[StepFunction, Binder] = field(default_factory=dict)
 
@@ -182,8 +187,10 @@ class Backbone:
 
     def visible(self, needed: int, capacity: int) -> int:
         """Cache rows that a forward is given, of which it needs so many: where nodes look at spans all that there are,
-        a number that stays the same."""
-        return capacity if self.spans else needed
+        a number that stays the same; where steps are captured by shape a round one."""
+        if self.spans:
+            return capacity
+        return needed if self.graphs is None else min(-(-needed // ROUNDED) * ROUNDED, capacity)
 
     def forward_tree(
         self, cache: TreeCache, tokens_BN: Tensor, depths_BN: Tensor, bits_BN: Tensor, lengths_B: Tensor, visible: int
@@ -210,8 +217,9 @@ class Backbone:
 
     def forward_prompt(self, cache: TreeCache, tokens_1T: Tensor, start_1: Tensor, visible: int) -> Tensor:
         """Hidden states [1, T, H] of a part of a prompt that begins at position `start_1`; rows go to the cache."""
-        positions_1T = start_1[:, None] + torch.arange(tokens_1T.shape[1], device=tokens_1T.device)
-        cache.place(positions_1T, visible)
+        slots_1T = start_1[:, None] + torch.arange(tokens_1T.shape[1], device=tokens_1T.device)
+        cache.place(slots_1T, visible)
+        positions_1T = slots_1T.clamp(max=self.max_length - 1)  # of tokens that only fill up the shape
         if self.spans:
             mask = self._by_layers(lambda window: prompt_spans(positions_1T, window))
         else:
@@ -220,10 +228,9 @@ class Backbone:
         return self._run(cache, tokens_1T, positions_1T, mask)
 
     def _run(self, cache: TreeCache, tokens_BN: Tensor, positions_BN: Tensor, mask: Any) -> Tensor:
-        output = self.decoder(
-            input_ids=tokens_BN, attention_mask=mask, position_ids=positions_BN, past_key_values=cache, use_cache=True
-        )
-        hidden_BNH: Tensor = output[0]
+        if self.layers is None or not cache.keys:
+            return run_layers(self, cache, tokens_BN, positions_BN, mask)
+        hidden_BNH: Tensor = self.layers(tokens_BN, positions_BN, mask, *cache.placed, *cache.buffers)[0]
         return hidden_BNH
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
@@ -253,20 +260,22 @@ class Backbone:
 
         Raises: MissingDependencyError when compiling is asked for and no compiler is there, or capturing without CUDA.
         """
-        self.steps, self._functions = pick_mode(mode, self.parameters, self.device), {}
-        self.graphs = Graphs(CudaRecorder(self.device)) if self.steps == "captured" else None
+        self.steps, self._functions, self.layers = pick_mode(mode, self.parameters, self.device), {}, None
+        if self.device.type == "cuda":
+            run_on_gpu(self)
+            return
         lay_out_linear_weights(self.model)
-        self.kernels = self.device.type == "cpu" and self.dtype == torch.float32 and kernels_work()
-        if self.kernels and not self.spans:
-            self._attend_over_spans()
+        self.kernels = self.dtype == torch.float32 and kernels_work()
+        if self.kernels:
+            self.attend_over_spans()
         self.last_row.use(self)
 
-    def _attend_over_spans(self) -> None:
+    def attend_over_spans(self) -> None:
         """From now on attention is our own kernel's, unless the model needs more than it has (`families`)."""
         before = self.model.config._attn_implementation
         if before != "sdpa":
             return
-        attention.register()
+        attention.register(self.device)
         self.model.set_attn_implementation(attention.NAME)
         self.spans = True
         try:

@@ -8,6 +8,7 @@ size, N new rows of a sequence in a step, P accepted rows, S rows that a step's 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from gorgon.errors import LimitError
+from gorgon.models.kernels import triton_works
 
 
 class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
@@ -56,6 +58,12 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         self._slots_BN, self._visible = slots_BN, visible
         self._rows_B1 = torch.arange(slots_BN.shape[0], device=slots_BN.device)[:, None]
 
+    @property
+    def placed(self) -> tuple[Tensor, int]:
+        """What `place` said."""
+        assert self._slots_BN is not None
+        return self._slots_BN, self._visible
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -81,11 +89,25 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             nodes_BP: int64, strictly increasing along the accepted path, then padding: rows moved by padding land
                 behind the accepted ones, where the next step overwrites them.
         """
+        if self.keys[0].is_cuda and triton_works():
+            from gorgon.models.triton_kernels import keep_rows
+
+            for buffers, addresses in self._alike:
+                keep_rows(buffers, addresses, lengths_B, nodes_BP)
+            return
         from_BP = lengths_B[:, None] + nodes_BP
         to_BP = lengths_B[:, None] + torch.arange(nodes_BP.shape[1], device=nodes_BP.device)
         rows_B1 = torch.arange(nodes_BP.shape[0], device=nodes_BP.device)[:, None]
         for buffer in (*self.keys, *self.values):
             buffer[rows_B1, :, to_BP] = buffer[rows_B1, :, from_BP]
+
+    @cached_property
+    def _alike(self) -> list[tuple[list[Tensor], Tensor]]:
+        """Buffers by shape, and where they are. A captured step is bound to both; other buffers are another cache's."""
+        shapes: dict[torch.Size, list[Tensor]] = {}
+        for buffer in (*self.keys, *self.values):
+            shapes.setdefault(buffer.shape, []).append(buffer)
+        return [(b, torch.tensor([t.data_ptr() for t in b], device=b[0].device)) for b in shapes.values()]
 
     @torch.inference_mode()
     def copy_sequence(self, source: TreeCache, origin: int, target: int, length: int) -> None:

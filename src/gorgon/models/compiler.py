@@ -1,4 +1,4 @@
-"""How a step's functions are run: as they are, recorded, or compiled; on a GPU captured (`models.graphs`).
+"""How a step's functions are run: as they are, recorded, or compiled; on a GPU captured, too (`models.graphs`).
 
 On a small model the walk through transformers' modules in Python, and one kernel launch per operation, are most of a
 step (docs/engine.md). `torch.compile` removes both; its code generator needs a C++ compiler, its recorder needs none.
@@ -16,8 +16,9 @@ import torch
 from gorgon.config import StepMode
 from gorgon.errors import MissingDependencyError
 from gorgon.models.direct import DirectCalls
-from gorgon.models.kernels import DOORS
+from gorgon.models.kernels import DOORS, triton_works
 from gorgon.models.panels import join_products
+from gorgon.models.siblings import join_siblings
 from gorgon.models.toolchain import cpp_compiler
 
 StepFunction = Callable[..., Any]
@@ -37,23 +38,38 @@ SERIAL_ELEMENTS = 8192
 
 
 def pick_mode(mode: StepMode, parameters: int, device: torch.device) -> StepMode:
-    """'auto' compiles small models on a CPU with a C++ compiler, records on other CPUs, and is eager on a GPU.
+    """'auto' compiles on a GPU with Triton, and small models on a CPU with a C++ compiler; else it captures or records.
 
-    Capturing is to be asked for until `pytest -m gpu` has passed on a GPU: a wrong replay would be wrong silently.
-    Raises: MissingDependencyError when compiling is asked for and no compiler is there, or capturing without CUDA.
+    Raises: MissingDependencyError when compiling is asked for and no compiler is there, capturing without CUDA, or
+        recording on a GPU, where capturing does more.
     """
+    if device.type == "cuda":
+        return _pick_on_gpu(mode)
     if mode == "auto":
-        if device.type != "cpu":
-            return "eager"
         return "compiled" if cpp_compiler() is not None and parameters <= LARGEST_COMPILED else "recorded"
     if mode == "compiled" and cpp_compiler() is None:
         raise MissingDependencyError(
             "compiled steps need a C++ compiler and Python's headers", field="steps", value=mode,
             allowed="auto, eager, recorded", hint="install g++ and python3-dev, or use 'recorded'",
         )  # fmt: skip
-    if mode == "captured" and device.type != "cuda":
+    if mode == "captured":
         raise MissingDependencyError(
             "captured steps need a CUDA GPU", field="steps", value=mode, allowed="auto, eager, recorded, compiled"
+        )
+    return mode
+
+
+def _pick_on_gpu(mode: StepMode) -> StepMode:
+    if mode == "auto":
+        return "compiled" if triton_works() else "captured"
+    if mode == "compiled" and not triton_works():
+        raise MissingDependencyError(
+            "compiled steps need Triton on a GPU", field="steps", value=mode, allowed="auto, eager, captured",
+            hint="install triton, which comes with torch for CUDA, or use 'captured'",
+        )  # fmt: skip
+    if mode == "recorded":
+        raise MissingDependencyError(
+            "recorded steps are for CPUs", field="steps", value=mode, allowed="auto, eager, captured, compiled"
         )
     return mode
 
@@ -80,6 +96,10 @@ def step_function(function: StepFunction, backbone: Any, mode: StepMode) -> Bind
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
     torch._dynamo.config.specialize_float = True  # else the modules' own numbers are made tensors at every call
     own = _own_code(bound)
+    if backbone.device.type == "cuda":
+        return _binder(
+            torch.compile(own, backend=_for_gpu, dynamic=True, options={"guard_filter_fn": _about_the_arguments})
+        )
     if mode == "recorded":
         return _binder(
             torch.compile(own, backend="eager", dynamic=True, options={"guard_filter_fn": _about_the_arguments})
@@ -108,6 +128,14 @@ def step_function(function: StepFunction, backbone: Any, mode: StepMode) -> Bind
         return run
 
     return bind
+
+
+def _for_gpu(graph: Any, examples: Sequence[Any]) -> Any:
+    """Inductor, after products of the same rows were joined. What it generates is captured as a part of a step."""
+    from torch._inductor.compile_fx import compile_fx
+
+    join_siblings(graph)
+    return compile_fx(graph, list(examples))
 
 
 def _binder(function: StepFunction) -> Binder:

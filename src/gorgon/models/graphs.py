@@ -1,9 +1,8 @@
 """Steps captured as CUDA graphs: everything a step launches is recorded once per shape and launched again in one call.
 
-A captured graph reads and writes fixed addresses, so a shape's inputs are copied into tensors of its own and its
-results stay in tensors of its own, to be read before the next step. What a graph does is fixed, too: functions that are
+A captured graph reads and writes fixed addresses: the tensors that it was captured with, into which other inputs are
+copied, and results that are to be read before the next step. What a graph does is fixed, too: functions that are
 captured may not wait for the device, nor let a value decide a size (tests/unit/test_capturable.py).
-None of this has been run on a GPU; docs/engine.md says what has been shown without one.
 """
 
 from __future__ import annotations
@@ -108,10 +107,11 @@ class Captured:
     inputs: tuple[Tensor, ...]
     stages: list[Replay]
 
-    def put(self, *values: Tensor, at: int = 0) -> None:
-        """Copies values into the inputs from place `at` on."""
-        for mine, value in zip(self.inputs[at : at + len(values)], values, strict=True):
-            mine.copy_(value)
+    def put(self, values: Sequence[Tensor]) -> None:
+        """Copies values into the first inputs, unless they are those."""
+        for mine, value in zip(self.inputs, values, strict=False):
+            if mine is not value:
+                mine.copy_(value)
 
     def run(self, stage: int) -> Outputs:
         """Runs one stage; its outputs hold until it is run again."""
@@ -127,14 +127,23 @@ class Graphs:
         self._by_cache: WeakKeyDictionary[TreeCache, OrderedDict[Hashable, Captured]] = WeakKeyDictionary()
         self.failed = False
 
-    def of(self, cache: TreeCache, key: Hashable, inputs: Sequence[Tensor], stages: Sequence[Stage]) -> Captured | None:
-        """The captured shape, which is captured now if it is new; None where this model's steps cannot be captured.
+    def of(
+        self,
+        cache: TreeCache,
+        key: Hashable,
+        inputs: Sequence[Tensor],
+        stages: Sequence[Stage],
+        later: Sequence[Tensor] = (),
+    ) -> Captured | None:
+        """The captured shape with these inputs, captured now if it is new; None where steps cannot be captured.
 
         Args:
             key: everything besides the cache that decides what is launched; its objects live as long as the graph, so
                 it names the object that holds the weights.
-            inputs: values as they are now. A warm-up runs the stages on them for real, which is harmless: a step
-                writes cache rows behind the committed ones only, and writes them all before it reads one.
+            inputs: which the graph reads where they are; their owner may use them again. A warm-up runs the stages on
+                them for real, which is harmless: a step writes cache rows behind the committed ones only, and writes
+                them all before it reads one.
+            later: tensors like the inputs that come between the stages, and are the last of `Captured.inputs`.
         """
         if self.failed:
             return None
@@ -142,7 +151,7 @@ class Graphs:
         shapes = self._by_cache.setdefault(cache, OrderedDict())
         found = shapes.get(place)
         if found is None:
-            found = self._capture(inputs, stages)
+            found = self._capture([*inputs, *map(torch.zeros_like, later)], stages)
             if found is None:
                 self._by_cache.clear()
                 return None
@@ -150,10 +159,11 @@ class Graphs:
                 shapes.popitem(last=False)
             shapes[place] = found
         shapes.move_to_end(place)
+        found.put(inputs)
         return found
 
     def _capture(self, inputs: Sequence[Tensor], stages: Sequence[Stage]) -> Captured | None:
-        held = tuple(value.clone() for value in inputs)
+        held = tuple(inputs)
         made: list[Replay] = []
         try:
             for stage in stages:

@@ -27,6 +27,14 @@ def kernels_work() -> bool:
 
 
 @cache
+def triton_works() -> bool:
+    """Whether Triton, which our GPU kernels are written in, is here with a GPU that it knows."""
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())
+
+
+@cache
 def load_kernels() -> None:
     """Builds the kernels unless they were, and makes them known to torch as operations of `gorgon`.
 
