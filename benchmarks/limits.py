@@ -122,7 +122,7 @@ def step_of(backbone: Backbone, nodes: int) -> Callable[[], None]:
     visible, inputs = backbone.visible(CONTEXT + nodes, cache.capacity), Inputs(backbone.device)
 
     def step() -> None:
-        batch = inputs.drafts([shape], max(nodes, 2) if engine.fixed_shapes else None)
+        batch = inputs.drafts([shape], engine.filled(nodes, nodes))
         stepper.step(cache, batch, inputs.lengths([CONTEXT]), visible)
 
     return step

@@ -1,7 +1,7 @@
 """Where a step's time goes: drafting, the forward over the tree, acceptance and commit, the heads, the rest.
 
     python benchmarks/step_profile.py MODEL                  # a directory that `tune` wrote
-    python benchmarks/step_profile.py MODEL --device cuda    # bfloat16, with and without CUDA graphs; not yet run
+    python benchmarks/step_profile.py MODEL --device cuda    # bfloat16, with and without CUDA graphs
 
 For each way of running steps and several tree sizes, medians over many steps on one context. The parts are timed by
 leaving them out: the forward alone, whole steps with and without the heads that `tune` chose, the drafter alone. Writes
@@ -35,7 +35,7 @@ from gorgon.models.directory import base_model, read_phrasebook, read_tree_file
 from gorgon.progress import say
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES = {"cpu": ("eager", "recorded", "compiled"), "cuda": ("eager", "captured")}
+MODES = {"cpu": ("eager", "recorded", "compiled"), "cuda": ("eager", "captured", "compiled")}
 NODES = (1, 4, 8, 16, 24)
 CONTEXT, STEPS = 120, 120
 PARTS = ("draft", "forward", "accept and commit", "heads")
@@ -77,7 +77,7 @@ def profile(model: Path, mode: Any, device: str) -> dict[str, dict[str, float]]:
         draft = Draft(7)
         for i in range(nodes - 1):
             draft.add(9, max(0, i - 1))
-        batch = Inputs(backbone.device).drafts([draft], max(nodes, 2) if engine.fixed_shapes else None)
+        batch = Inputs(backbone.device).drafts([draft], engine.filled(nodes, nodes))
         visible = backbone.visible(CONTEXT + nodes, cache.capacity)
         forward, settle, with_heads = _parts(bare, full, cache, batch, lengths, visible)
         drafting = 0.0

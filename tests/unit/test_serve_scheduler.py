@@ -11,9 +11,11 @@ from gorgon.core.sampling import Sampling
 from gorgon.decode import slots as slots_module
 from gorgon.decode.request import Request
 from gorgon.errors import LimitError, ModelError
+from gorgon.models.graphs import Graphs
 from gorgon.serve.errors import BusyError, CancelledError, DeadlineError, InternalError, UnavailableError
 from gorgon.serve.jobs import End, Job
 from gorgon.serve.memory import plan_kv
+from tests.parity.support import Recorder
 from tests.serve_support import alone, chat_ids, config, make_engine, scheduler, varied_requests, wait_for
 from tests.train_support import tiny_llama
 
@@ -318,3 +320,32 @@ def test_nothing_is_compiled_after_the_warm_up(tmp_path):
             run(collect(made, [request]))
         run(collect(made, requests))
         assert counters["stats"]["unique_graphs"] == before
+
+
+class Growing(Moody):
+    """Drafts stars, each larger than the one before, up to its most nodes."""
+
+    nodes = 20
+
+    def draft(self, root, _choices, _context):
+        draft = Draft(root)
+        self._turn += self.awake
+        for _ in range(self._turn % self.nodes):
+            draft.add(root, 0)
+        return draft
+
+
+def test_no_step_is_captured_after_the_warm_up(tmp_path):
+    """A capture takes tenths of a second, in which everybody waits. Prompts are captured by size, when they come."""
+    engine = make_engine(tiny_llama(tmp_path, max_length=512, layers=1))
+    recorder, growing = Recorder(), Growing()
+    engine.backbone.graphs = Graphs(recorder)
+    engine = engine.with_drafter(growing)
+    requests = [Request([*range(3, 23)], 60, ignore_end=True) for _ in range(3)]
+    with scheduler(engine, slots=3, playground=False) as (made, run):
+        before = recorder.captured
+        assert before >= 3 * 4, "three batch sizes, and drafts of 2, 8, 16 and 20 nodes"
+        growing.awake = True
+        for together in (requests[:1], requests[:2], requests):
+            run(collect(made, together))
+        assert growing._turn > 60 and recorder.captured == before

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from gorgon.config import StepMode
 from gorgon.core.heads import MedusaHeads, PackedHeads
 from gorgon.core.sampling import GREEDY, Sampling
 from gorgon.core.tree import DraftTree
@@ -21,6 +22,8 @@ PLAIN = StaticDrafter(DraftTree())
 """The tree that is the root alone: plain decoding."""
 ROUNDING = 256
 """Cache sizes are multiples of this, so that requests of like length share buffers."""
+CAPTURED_NODES = (2, 8, 16, 24, 32, 48, 64)
+"""Sizes of drafts for which steps are captured: a graph for each, where a graph's size is what a step costs."""
 MOST_TOGETHER = 8
 """Prompts that `generate` decodes together unless told otherwise."""
 
@@ -56,12 +59,14 @@ class Engine:
                 raise ModelError("a rank of the tree exceeds the vocabulary", field="tree", value=drafter.width - 1,
                                  allowed=f"0 to {size - 1}")  # fmt: skip
         self._chosen: dict[int, Drafter] = {}
-        self._steppers: dict[tuple[int, int], Stepper] = {}
+        self._steppers: dict[tuple[StepMode, int, int], Stepper] = {}
         self._single: Slots | None = None
 
     def with_drafter(self, drafters: Drafter | Mapping[int, Drafter]) -> Engine:
-        """An engine on the same weights that drafts otherwise."""
-        return Engine(self.backbone, self.heads, drafters, self.vocabulary_U)
+        """An engine on the same weights that drafts otherwise. Both share their steppers, and so what was captured."""
+        other = Engine(self.backbone, self.heads, drafters, self.vocabulary_U)
+        other._steppers = self._steppers
+        return other
 
     def with_tree(self, tree: DraftTree) -> Engine:
         """An engine on the same weights with a static tree."""
@@ -81,10 +86,14 @@ class Engine:
         """Nodes of the largest draft."""
         return max(d.nodes for d in self.drafters.values())
 
-    @property
-    def fixed_shapes(self) -> bool:
-        """Whether drafts are filled up to the drafter's size: where steps are captured by shape."""
-        return self.backbone.graphs is not None
+    def filled(self, nodes: int, most: int) -> int | None:
+        """Nodes up to which a draft of so many is filled where steps are captured by shape; None where they are not.
+
+        Args: most: nodes of the drafter's largest draft, for which the cache has room.
+        """
+        if self.backbone.graphs is None:
+            return None
+        return min(next(size for size in CAPTURED_NODES if size >= nodes), max(most, CAPTURED_NODES[0]))
 
     def drafter(self, batch: int) -> Drafter:
         """What to draft when this many sequences are decoded together: the next larger batch's entry, or the last."""
@@ -97,10 +106,11 @@ class Engine:
         """The step functions for that drafter, which read the heads that it needs."""
         drafter = self.drafter(batch)
         count, width = drafter.heads, drafter.width
-        if (count, width) not in self._steppers:
+        key = (self.backbone.steps, count, width)
+        if key not in self._steppers:
             heads = None if self._packed is None or not count else self._packed.first(count)
-            self._steppers[count, width] = Stepper(self.backbone, heads, width, self.vocabulary_U)
-        return self._steppers[count, width]
+            self._steppers[key] = Stepper(self.backbone, heads, width, self.vocabulary_U)
+        return self._steppers[key]
 
     @cached_property
     def _packed(self) -> PackedHeads | None:

@@ -223,9 +223,8 @@ class Slots:
         drafts = [drafter.draft(r.root, r.choices, r.context) for r in batch]
         for running, draft in zip(batch, drafts, strict=True):
             running.draft = draft
-        tensors = self._inputs.drafts(
-            drafts, max(drafter.nodes, 2) if engine.fixed_shapes else None, least=min(drafter.nodes, 2)
-        )
+        filled = engine.filled(max(d.nodes for d in drafts), drafter.nodes)
+        tensors = self._inputs.drafts(drafts, filled, least=min(drafter.nodes, 2))
         lengths = [r.length for r in batch]
         lengths_B = self._inputs.lengths(lengths)
         visible = engine.backbone.visible(max(lengths) + tensors.nodes, self._cache.capacity)

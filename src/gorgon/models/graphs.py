@@ -20,7 +20,7 @@ from torch import Tensor
 from gorgon.models.cache import TreeCache
 from gorgon.progress import say
 
-MOST = 64
+MOST = 256
 """Shapes that are kept for one cache; the one that was used longest ago goes first."""
 
 Outputs = tuple[Tensor, ...]
