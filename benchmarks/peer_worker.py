@@ -19,6 +19,7 @@ import pipe
 
 from gorgon.bench.compare import best_tree, read_document
 from gorgon.bench.decoders import EngineDecoder, TransformersDecoder
+from gorgon.config import Dtype
 from gorgon.core.phrasebook import Phrasebook
 from gorgon.core.tree import DraftTree
 from gorgon.decode.candidates import drafter_of
@@ -32,9 +33,9 @@ OURS = ("plain", "chain", "tree", "ngram", "tuned")
 branch, and what `tune` chose."""
 
 
-def our_engine(model: str, tree: str, nodes: int) -> Engine:
+def our_engine(model: str, tree: str, nodes: int, dtype: Dtype = "float32") -> Engine:
     """The only place that knows how our engine is made; `tree` is one of OURS, `nodes` the size of 'tree'."""
-    engine = load_engine(model, dtype="float32", steps="auto")
+    engine = load_engine(model, dtype=dtype, steps="auto")
     if tree == "plain":
         return engine.plain()
     if tree == "chain":
@@ -50,7 +51,7 @@ def our_engine(model: str, tree: str, nodes: int) -> Engine:
 
 
 def ours(settings: dict[str, Any]) -> tuple[Callable[[dict[str, Any]], dict[str, Any]], dict[str, Any]]:
-    engine = our_engine(settings["model"], settings["tree"], settings["nodes"])
+    engine = our_engine(settings["model"], settings["tree"], settings["nodes"], settings["dtype"])
     decoder = EngineDecoder(settings["tree"], engine)
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def ours(settings: dict[str, Any]) -> tuple[Callable[[dict[str, Any]], dict[str,
 def transformers(settings: dict[str, Any]) -> tuple[Callable[[dict[str, Any]], dict[str, Any]], dict[str, Any]]:
     import torch
 
-    backbone = load_backbone(base_model(settings["model"]), dtype="float32")
+    backbone = load_backbone(base_model(settings["model"]), dtype=settings["dtype"])
     TransformersDecoder(backbone)  # sets the greedy generation configuration
     arguments = _arguments(settings["generate"])
     steps = 0
@@ -79,8 +80,8 @@ def transformers(settings: dict[str, Any]) -> tuple[Callable[[dict[str, Any]], d
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         nonlocal steps
-        ids = torch.tensor([request["prompt"]])
         steps, start = 0, time.perf_counter()
+        ids = torch.tensor([request["prompt"]], device=backbone.device)
         made = backbone.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=request["max_new_tokens"], **arguments
         )
