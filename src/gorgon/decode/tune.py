@@ -133,7 +133,14 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
             "best_static": best_static[first].describe(),
             "candidates": [c.as_json() for c in considered[first]],
             "finalists": {
-                str(b): [{**f.candidate.as_json(), "measured_tokens_per_s": round(f.tokens_per_s, 1)} for f in found]
+                str(b): [
+                    {
+                        **f.candidate.as_json(),
+                        "measured_tokens_per_s": round(f.tokens_per_s, 1),
+                        "over_plain": [round(x, 3) for x in f.over_plain],
+                    }
+                    for f in found
+                ]
                 for b, found in finalists.items()
             },
             "best_by_nodes": [heads_only(recordings, counts, n) for n in SIZES if n <= config.max_nodes],
@@ -159,7 +166,7 @@ def _body(config: TuneConfig, model: Path, rows: Path, run: StepRun) -> None:
 
 def _entry(batch: int, finalists: Sequence[Finalist], costs: StepCosts) -> dict[str, Any]:
     """The chosen finalist as an entry of tree.json's `trees`."""
-    best, speedup = choose_finalist(finalists)
+    best = choose_finalist(finalists)
     return {
         "batch_size": batch,
         **best.candidate.describe(),
@@ -167,7 +174,7 @@ def _entry(batch: int, finalists: Sequence[Finalist], costs: StepCosts) -> dict[
         "mean_nodes": round(best.candidate.mean_nodes, 2),
         "step_ms": round(best.candidate.step_ms, 4),
         "plain_step_ms": round(costs.by_nodes[1], 4),
-        "measured_speedup": round(speedup, 4),
+        "measured_speedup": round(best.speedup, 4),
     }
 
 
