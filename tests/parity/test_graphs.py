@@ -150,17 +150,21 @@ def test_the_shape_used_longest_ago_goes_first(eager, asked, most):
     assert 0 < len(engine.backbone.graphs) <= 2 * most < recorder.captured, "of two caches: prompts have their own"
 
 
-def test_a_shape_is_captured_once(eager, asked):
-    recorder = Recorder()
-    engine = captured(eager, recorder).with_drafter(drafters()["dynamic"])
-    slots = engine.slots(1, 512)
-    counts = []
+def counted_twice(engine, asked, count):
+    """What `count` says after an answer, and after the same again on the same slots."""
+    slots, counts = engine.with_drafter(drafters()["dynamic"]).slots(1, 512), []
     for _ in range(2):
         slots.admit(Request(asked[0], 12, ignore_end=True))
         slots.read_prompt()
         while slots.running:
             slots.step()
-        counts.append(recorder.captured)
+        counts.append(count())
+    return counts
+
+
+def test_a_shape_is_captured_once(eager, asked):
+    recorder = Recorder()
+    counts = counted_twice(captured(eager, recorder), asked, lambda: recorder.captured)
     assert counts[0] == counts[1] == 2, "the prompt's and the step's"
 
 
@@ -264,14 +268,7 @@ def test_cuda_graphs_write_the_tokens_of_eager_steps(one_by_one, on_gpu, asked, 
 @gpu
 @needs_cuda
 def test_a_cuda_graph_is_captured_once(on_gpu, asked):
-    slots = on_gpu.with_drafter(drafters()["dynamic"]).slots(1, 512)
-    counts = []
-    for _ in range(2):
-        slots.admit(Request(asked[0], 12, ignore_end=True))
-        slots.read_prompt()
-        while slots.running:
-            slots.step()
-        counts.append(len(on_gpu.backbone.graphs))
+    counts = counted_twice(on_gpu, asked, lambda: len(on_gpu.backbone.graphs))
     assert counts[0] == counts[1] > 0
 
 

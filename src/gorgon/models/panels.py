@@ -6,14 +6,11 @@ Shapes: K weights, R rows, I inputs, O outputs; P panels of W outputs each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
-from typing import cast
-
 import torch
 from torch import Tensor, fx, nn
 
 from gorgon.core.heads import PackedHeads
+from gorgon.models.joining import Product, join
 from gorgon.models.kernels import load_kernels
 
 
@@ -53,40 +50,19 @@ def panels_size(outputs: int, inputs: int) -> int:
 
 def join_products(graph: fx.GraphModule) -> None:
     """Multiplies by weights that lie side by side as by one, where they are given the same rows: queries, keys and
-    values, or a gated layer's two halves. Each product begins and ends with the threads' waiting for each other.
-
-    Invariant: every output is the same sum as before.
-    """
-    product, width = torch.ops.gorgon.panel_linear, int(torch.ops.gorgon.panel_width())
-    runs: list[list[fx.Node]] = []
-    ends: dict[tuple[fx.Node, fx.Node, int], list[fx.Node]] = {}  # by rows, block and place there: what may go on
-    for node in graph.graph.find_nodes(op="call_function", target=product):
+    values, or a gated layer's two halves (`models.joining`)."""
+    multiply, width = torch.ops.gorgon.panel_linear, int(torch.ops.gorgon.panel_width())
+    products = []
+    for node in graph.graph.find_nodes(op="call_function", target=multiply):
         x, block, offset, inputs, bias, outputs = node.args
-        if bias is not None:
-            continue
-        run = ends.pop((x, block, offset), None)
-        if run is None:
-            run = []
-            runs.append(run)
-        run.append(node)
-        if outputs % width == 0:
-            ends[x, block, offset + panels_size(outputs, inputs)] = run
-    for run in runs:
-        if len(run) > 1:
-            _join(graph.graph, run)
-    graph.recompile()
+        if bias is None:
+            end = offset + panels_size(outputs, inputs) if outputs % width == 0 else None
+            products.append(Product(node, (x, block), offset, end, outputs))
 
+    def joined(first: Product, outputs: int) -> fx.Node:
+        return graph.graph.call_function(multiply, (*first.node.args[:-1], outputs))
 
-def _join(graph: fx.Graph, run: Sequence[fx.Node]) -> None:
-    x, block, offset, inputs, bias, _ = run[0].args
-    outputs = [cast(int, node.args[-1]) for node in run]
-    with graph.inserting_before(run[0]):
-        joined = graph.call_function(torch.ops.gorgon.panel_linear, (x, block, offset, inputs, bias, sum(outputs)))
-        ends = accumulate(outputs)
-        for node, count, end in zip(run, outputs, ends, strict=True):
-            node.replace_all_uses_with(graph.call_function(torch.narrow, (joined, -1, end - count, count)))
-    for node in run:
-        graph.erase_node(node)
+    join(graph, products, joined)
 
 
 def in_panels(heads: PackedHeads) -> PackedHeads:

@@ -8,13 +8,13 @@ Shapes: I inputs, O outputs.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from itertools import accumulate
 from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import linear
+
+from gorgon.models.joining import Product, join
 
 
 class SiblingLinear(nn.Module):
@@ -57,27 +57,21 @@ def _lay_together(parent: nn.Module, layers: dict[str, nn.Linear]) -> None:
 
 
 def join_siblings(graph: fx.GraphModule) -> None:
-    """In a recorded graph, multiplies by rows that lie side by side as by one, where they are given the same input.
-
-    Invariant: every output is the same product as before, up to rounding.
-    """
-    runs: list[list[fx.Node]] = []
-    ends: dict[tuple[fx.Node, fx.Node, int], list[fx.Node]] = {}  # by input, block and row there: what may go on
+    """In a recorded graph, multiplies by rows that lie side by side as by one (`models.joining`)."""
+    products = []
     for node in graph.graph.find_nodes(op="call_function", target=linear):
         rows = _rows(node)
-        if rows is None:
-            continue
-        block, start, end = rows
-        run = ends.pop((node.args[0], block, start), None)
-        if run is None:
-            run = []
-            runs.append(run)
-        run.append(node)
-        ends[node.args[0], block, end] = run
-    for run in runs:
-        if len(run) > 1:
-            _join(graph.graph, run)
-    graph.graph.eliminate_dead_code()
+        if rows is not None:
+            block, start, end = rows
+            products.append(Product(node, (node.args[0], block), start, end, end - start))
+
+    def joined(first: Product, outputs: int) -> fx.Node:
+        x, block = cast(tuple[fx.Node, fx.Node], first.shared)
+        weight = graph.graph.call_function(operator.getitem, (block, slice(first.start, first.start + outputs)))
+        return graph.graph.call_function(linear, (x, weight))
+
+    join(graph, products, joined)
+    graph.graph.eliminate_dead_code()  # the rows of each
     graph.recompile()
 
 
@@ -90,16 +84,3 @@ def _rows(product: fx.Node) -> tuple[fx.Node, int, int] | None:
     if isinstance(rows, slice) and isinstance(rows.start, int) and isinstance(rows.stop, int):
         return cast(fx.Node, block), rows.start, rows.stop
     return None
-
-
-def _join(graph: fx.Graph, run: Sequence[fx.Node]) -> None:
-    rows = [cast(tuple[fx.Node, int, int], _rows(node)) for node in run]
-    block, start, _ = rows[0]
-    counts = [end - begin for _, begin, end in rows]
-    with graph.inserting_before(run[0]):
-        weight = graph.call_function(operator.getitem, (block, slice(start, start + sum(counts))))
-        joined = graph.call_function(linear, (run[0].args[0], weight))
-        for node, count, end in zip(run, counts, accumulate(counts), strict=True):
-            node.replace_all_uses_with(graph.call_function(torch.narrow, (joined, -1, end - count, count)))
-    for node in run:
-        graph.erase_node(node)
