@@ -101,7 +101,7 @@ def _parts(
 
     def forward() -> None:
         if pair is None:
-            bare.functions(cache).forward(batch.flat_4BN, lengths, visible)
+            bare.functions(cache).forward(batch.flat_4BN, batch.rows_Q, lengths, visible)
         else:
             pair.run(0)
         if lengths.device.type == "cuda":

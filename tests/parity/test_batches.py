@@ -10,21 +10,34 @@ from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.engine import PLAIN, Engine
 from gorgon.decode.request import Request
 from gorgon.errors import ModelError
+from gorgon.models.toolchain import cpp_compiler
 from tests.parity.support import CONTEXT, TREES, VOCAB, Oracle, backbone_of, oracle_engine, prompts, reference
 
 SIZES = (30, 1, 9, 60, 2, 17, 88)
 LIMITS = (40, 3, 40, 25, 1, 40, 40)
 
 
-@pytest.fixture
-def backbone():
-    return backbone_of("llama")
+def llama(kernels, **options):
+    """As it was loaded, or as our kernels run it: then fillers are left out of the steps."""
+    backbone = backbone_of("llama", own=kernels, **options)
+    if kernels:
+        backbone.run_steps("eager")
+        assert backbone.packs
+    return backbone
 
 
-@pytest.fixture
-def endless():
+KERNELS = [False, pytest.param(True, marks=pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler"))]
+
+
+@pytest.fixture(params=KERNELS, ids=["as loaded", "kernels"])
+def backbone(request):
+    return llama(request.param)
+
+
+@pytest.fixture(params=KERNELS, ids=["as loaded", "kernels"])
+def endless(request):
     """Its end token is none of its vocabulary."""
-    return backbone_of("llama", eos=VOCAB)
+    return llama(request.param, eos=VOCAB)
 
 
 def answers_of(slots, requests, *, most=None, between=1):
@@ -142,7 +155,7 @@ def test_a_step_reads_the_heads_that_its_drafter_asks_for(backbone):
     asked, read = prompts((9, 30, 2, 5)), []
     torch.manual_seed(0)
     heads = MedusaHeads(4, 1, backbone.hidden_size, VOCAB).requires_grad_(False)
-    heads.start_from(backbone.lm_head.weight)
+    heads.start_from(backbone_of("llama").lm_head.weight)
 
     class Watched(StaticDrafter):
         def draft(self, root, choices, context):

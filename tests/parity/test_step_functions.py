@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gorgon.core.draft import Draft
+from gorgon.decode import functions
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.engine import Engine
 from gorgon.decode.inputs import Inputs
@@ -84,8 +85,9 @@ def test_nodes_look_at_spans_unless_the_model_needs_more(family, fits, monkeypat
 
 
 @NEEDS_COMPILER
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mode", ["eager", "recorded"])
-def test_a_node_of_a_tree_has_the_bits_of_plain_decoding(mode):
+def test_a_node_of_a_tree_has_the_bits_of_plain_decoding(mode, packed):
     """Trained weights, wrong branches between the nodes of the path, and another sequence beside it."""
     backbone, random = load_backbone("embedded", dtype="float32"), Random(0)
     backbone.run_steps(mode)
@@ -93,7 +95,8 @@ def test_a_node_of_a_tree_has_the_bits_of_plain_decoding(mode):
     prompt, path = ([random.randrange(5, backbone.vocab_size) for _ in range(n)] for n in (60, 6))
 
     def hidden(drafts, lengths, cache):
-        given = inputs.drafts(drafts).flat_4BN, inputs.lengths(lengths), cache.capacity
+        batch = inputs.drafts(drafts, packed=packed)
+        given = batch.flat_4BN, batch.rows_Q, inputs.lengths(lengths), cache.capacity
         with torch.inference_mode():
             return stepper.functions(cache).forward(*given)[0].clone()
 
@@ -111,6 +114,39 @@ def test_a_node_of_a_tree_has_the_bits_of_plain_decoding(mode):
     assert draft.nodes > len(path)
     in_a_tree = hidden([draft, Draft(path[0])], [60, 7], together)[0]
     assert all(torch.equal(in_a_tree[place], wanted) for place, wanted in zip(places, plain, strict=True))
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_fillers_that_are_left_out_change_no_bit_and_write_no_row(family):
+    """Three sequences in a cache for four; windows of some layers are shorter than the drafts reach."""
+    backbone, random, lengths = backbone_of(family, own=True), Random(1), [30, 7, 12]
+    backbone.run_steps("eager")
+    assert backbone.packs
+    caches = [TreeCache(backbone.text_config.num_hidden_layers, 4, 50) for _ in range(2)]
+    for b, length in enumerate(lengths):
+        entry = TreeCache(backbone.text_config.num_hidden_layers, 1, 50)
+        Stepper(backbone, None, 0, None).prompt(entry, [random.randrange(2, VOCAB) for _ in range(length)], 0)
+        for cache in caches:
+            cache.copy_sequence(entry, 0, b, length)
+    drafts = [Draft(7) for _ in lengths]
+    for draft, nodes in zip(drafts, (5, 1, 9), strict=True):
+        for _ in range(nodes - 1):
+            draft.add(random.randrange(2, VOCAB), random.randrange(draft.nodes))
+    batch = Inputs(backbone.device).drafts(drafts, packed=True)
+    assert batch.rows_Q.tolist() == [*range(5), 9, *range(18, 27)]
+    given = batch.flat_4BN, torch.tensor(lengths), 50
+    with torch.inference_mode():
+        filled = functions.verify(backbone, caches[0], *given).flatten(0, 1)
+        packed = functions.verify(backbone, caches[1], *given, batch.rows_Q).flatten(0, 1)
+    assert torch.equal(packed[batch.rows_Q], filled[batch.rows_Q])
+    left_out = [row for row in range(27) if row not in batch.rows_Q.tolist()]
+    assert not packed[left_out].any() and filled[left_out].any()
+    for theirs, mine in zip(sum(caches[0].buffers, ()), sum(caches[1].buffers, ()), strict=True):
+        for b, draft in enumerate(drafts):
+            end = lengths[b] + draft.nodes
+            assert torch.equal(mine[b, :, :end], theirs[b, :, :end]) and not mine[b, :, end:].any()
+        assert not mine[3].any()
 
 
 @pytest.mark.parametrize("mode", ["eager", "recorded"])

@@ -100,6 +100,34 @@ def test_a_node_gets_the_bits_that_it_gets_alone_behind_its_own_path(tree, heads
             assert torch.equal(alone[0, 0], found[b, node])
 
 
+@given(trees(), st.sampled_from([(4, 4), (6, 2)]), st.sampled_from([None, 3, 64]), st.data())
+@settings(max_examples=80, deadline=None)
+def test_nodes_of_several_sequences_in_one_row_get_the_bits_that_they_get_in_a_batch(tree, heads, window, data):
+    bits_BN, depths_BN, lengths_B = tree
+    batch, nodes = bits_BN.shape
+    positions_BN, rows = lengths_B[:, None] + depths_BN, int(lengths_B.max()) + nodes
+    queries, keys, values = tensors(batch, *heads, nodes, rows)
+    spans_B1N3 = tree_spans(bits_BN, positions_BN, lengths_B, window)
+    in_batch = run(queries, keys, values, spans_B1N3)
+    kept = [(b, n) for b in range(batch) for n in range(data.draw(st.integers(1, nodes)))]
+    others = keys.new_full((2, *keys.shape[1:]), float("nan"))  # sequences that take no part
+    b_R, n_R = torch.tensor(kept).T
+    spans_11R3 = (spans_B1N3[b_R, 0, n_R] + rows * b_R[:, None] * torch.tensor([1, 1, 0]))[None, None]
+    found = run(
+        queries[b_R, :, n_R].transpose(0, 1)[None], torch.cat((keys, others)), torch.cat((values, others)), spans_11R3
+    )
+    assert torch.equal(found[0], in_batch[b_R, n_R])
+
+
+@pytest.mark.parametrize(
+    "span", [(0, 8, 4), (7, 8, 1), (0, 9, 0), (9, 12, 16), (16, 16, 1), (-8, -8, 1), (-16, -15, 0)]
+)
+def test_rows_beyond_a_sequences_own_are_refused(span):
+    queries, keys, values = tensors(2, 1, 1, 1, 8)
+    with pytest.raises(RuntimeError, match="rows that are there"):
+        run(queries[:1], keys, values, torch.tensor([[[span]]]))
+
+
 @pytest.mark.parametrize("scores", [0.0, 30.0, -3000.0, 1e37])
 def test_scores_of_any_size_are_weighed(scores):
     given_ = tensors(1, 2, 2, 3, 40)

@@ -1,8 +1,8 @@
 """The functions of a step: of the backbone and of tensors alone, so that they can be compiled or captured.
 
 A step is the forward over its trees and the settling of what came out; between them sampling may choose the tokens.
-Shapes: B sequences, N nodes, P nodes of the longest path, K heads, R choices per head, T tokens of a prompt, H hidden
-size, V vocabulary.
+Shapes: B sequences, N nodes, Q nodes of all sequences that are no fillers, P nodes of the longest path, K heads, R
+choices per head, T tokens of a prompt, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gorgon.core.accept import accept
 from gorgon.core.heads import Layer, batched_products, read_heads
+from gorgon.core.packing import pack, unpack
 from gorgon.models.backbone import Backbone
 from gorgon.models.cache import TreeCache
 from gorgon.models.panels import panel_products
@@ -23,10 +24,17 @@ Reads = tuple[tuple[Layer, ...], int, Tensor | None]
 """The heads as a step function is given them: `PackedHeads.layers`, in panels or not, R, and the draft vocabulary."""
 
 
-def verify(backbone: Backbone, cache: TreeCache, flat_4BN: Tensor, lengths_B: Tensor, visible: int) -> Tensor:
-    """Hidden states [B, N, H] of all nodes; their rows go to the cache."""
+def verify(
+    backbone: Backbone,
+    cache: TreeCache,
+    flat_4BN: Tensor,
+    lengths_B: Tensor,
+    visible: int,
+    rows_Q: Tensor | None = None,
+) -> Tensor:
+    """Hidden states [B, N, H] of all nodes, or of those at `rows_Q`; their rows go to the cache."""
     tokens_BN, _, depths_BN, bits_BN = flat_4BN.unbind(0)
-    return backbone.forward_tree(cache, tokens_BN, depths_BN, bits_BN, lengths_B, visible)
+    return backbone.forward_tree(cache, tokens_BN, depths_BN, bits_BN, lengths_B, visible, rows_Q)
 
 
 def settle(
@@ -38,9 +46,10 @@ def settle(
     hidden_BNH: Tensor,
     choices_BN: Tensor | None,
     reads: Reads | None,
+    rows_Q: Tensor | None = None,
 ) -> Tensor:
     """Accepts, keeps the accepted rows, and says everything that was decided (`_table`)."""
-    accepted = _accept(backbone, flat_4BN, longest, hidden_BNH, choices_BN)
+    accepted = _accept(backbone, flat_4BN, longest, hidden_BNH, choices_BN, rows_Q)
     if longest > 1:
         cache.keep(lengths_B, accepted[1])
     return _table(flat_4BN, hidden_BNH, accepted, reads)
@@ -55,7 +64,7 @@ def decide(
     reads: Reads | None,
 ) -> tuple[Tensor, Tensor]:
     """`settle` without the cache: the accepted paths [B, P], whose rows are to be kept, and the table."""
-    accepted = _accept(backbone, flat_4BN, longest, hidden_BNH, choices_BN)
+    accepted = _accept(backbone, flat_4BN, longest, hidden_BNH, choices_BN, None)
     return accepted[1], _table(flat_4BN, hidden_BNH, accepted, reads)
 
 
@@ -64,14 +73,29 @@ Accepted = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _accept(
-    backbone: Backbone, flat_4BN: Tensor, longest: int, hidden_BNH: Tensor, choices_BN: Tensor | None
+    backbone: Backbone,
+    flat_4BN: Tensor,
+    longest: int,
+    hidden_BNH: Tensor,
+    choices_BN: Tensor | None,
+    rows_Q: Tensor | None,
 ) -> Accepted:
     tokens_BN, parents_BN, depths_BN, bits_BN = flat_4BN.unbind(0)
-    logits_BNV = backbone.logits(hidden_BNH)
-    top_BN = backbone.likeliest(logits_BNV)
+    if rows_Q is None:
+        top_BN, largest_BN = _argmax(backbone, hidden_BNH)
+    else:
+        top_Q, largest_Q = _argmax(backbone, pack(hidden_BNH, rows_Q))
+        top_BN, largest_BN = (unpack(x_Q, rows_Q, *tokens_BN.shape) for x_Q in (top_Q, largest_Q))
     chosen_BN = top_BN if choices_BN is None else choices_BN
     best_B, path_BP = accept(tokens_BN, chosen_BN, parents_BN, depths_BN, bits_BN, longest)
-    return best_B, path_BP, chosen_BN, logits_BNV.gather(-1, top_BN.unsqueeze(-1)).squeeze(-1)
+    return best_B, path_BP, chosen_BN, largest_BN
+
+
+def _argmax(backbone: Backbone, hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
+    """The backbone's token after each node, and its logit."""
+    logits_NV = backbone.logits(hidden_NH)
+    top_N = backbone.likeliest(logits_NV)
+    return top_N, logits_NV.gather(-1, top_N.unsqueeze(-1)).squeeze(-1)
 
 
 def _table(flat_4BN: Tensor, hidden_BNH: Tensor, accepted: Accepted, reads: Reads | None) -> Tensor:
@@ -101,6 +125,7 @@ def _table(flat_4BN: Tensor, hidden_BNH: Tensor, accepted: Accepted, reads: Read
 def forward(
     backbone: Backbone,
     flat_4BN: Tensor,
+    rows_Q: Tensor | None,
     lengths_B: Tensor,
     visible: int,
     keys: Buffers,
@@ -108,12 +133,13 @@ def forward(
     _reads: Reads | None,
 ) -> tuple[Tensor]:
     """`verify`, with the cache as its buffers."""
-    return (verify(backbone, TreeCache.over(keys, values), flat_4BN, lengths_B, visible),)
+    return (verify(backbone, TreeCache.over(keys, values), flat_4BN, lengths_B, visible, rows_Q),)
 
 
 def greedy(
     backbone: Backbone,
     flat_4BN: Tensor,
+    rows_Q: Tensor | None,
     lengths_B: Tensor,
     visible: int,
     longest: int,
@@ -123,8 +149,8 @@ def greedy(
 ) -> tuple[Tensor, Tensor]:
     """A whole step whose tokens are the argmax: hidden states of all nodes, and the table."""
     cache = TreeCache.over(keys, values)
-    hidden_BNH = verify(backbone, cache, flat_4BN, lengths_B, visible)
-    return hidden_BNH, settle(backbone, cache, flat_4BN, lengths_B, longest, hidden_BNH, None, reads)
+    hidden_BNH = verify(backbone, cache, flat_4BN, lengths_B, visible, rows_Q)
+    return hidden_BNH, settle(backbone, cache, flat_4BN, lengths_B, longest, hidden_BNH, None, reads, rows_Q)
 
 
 def prompt(

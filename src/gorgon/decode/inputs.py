@@ -3,7 +3,7 @@
 Making a small tensor of a list takes torch longer than a small kernel; copying numbers into one's memory does not. On a
 GPU the memory is pinned, so that nothing waits for the copy, and the tensors there stay where they are, so that a
 captured step can read them.
-Shapes: B sequences, N nodes.
+Shapes: B sequences, N nodes, Q nodes of all sequences that are no fillers.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ class _Room:
 class DraftBatch:
     """The drafts of B sequences on the device, filled up to the largest: tokens, parents, depths and bits.
 
-    Attributes: longest: P, nodes of the longest path.
+    Attributes:
+        longest: P, nodes of the longest path.
+        rows_Q: int64, places in [B * N] of the nodes that are no fillers; None where all are run.
     """
 
     flat_4BN: Tensor
     longest: int
+    rows_Q: Tensor | None = None
 
     @property
     def nodes(self) -> int:
@@ -56,40 +59,52 @@ class Inputs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._rooms: dict[tuple[int, ...], _Room] = {}
+        self._rooms: dict[tuple[str | int, ...], _Room] = {}
 
-    def drafts(self, drafts: Sequence[Draft], nodes: int | None = None, *, least: int = 1) -> DraftBatch:
+    def drafts(
+        self, drafts: Sequence[Draft], nodes: int | None = None, *, least: int = 1, packed: bool = False
+    ) -> DraftBatch:
         """Args:
         nodes: fill up to this many, and call none deeper, where shapes must not change from step to step.
         least: fill up to this many; two keep a draft of the root alone from being a shape of its own to the compiler.
+        packed: whether fillers are not to be run, where there may be any: among several drafts of several nodes.
         """
         size = max([least, *[d.nodes for d in drafts]]) if nodes is None else nodes
-        room = self._room(4, len(drafts), size)
+        room = self._room("drafts", 4, len(drafts), size)
         memory, at = room.memory, 0
         for row in (TOKENS, PARENTS, DEPTHS, BITS):
             for draft in drafts:
                 memory[at : at + size] = draft.numbers[row : row + size]
                 at += size
         longest = size if nodes is not None else max([least, *[d.longest for d in drafts]])
-        return DraftBatch(room.tensor(), longest)
+        rows_Q = self._rows(drafts, size) if packed and len(drafts) > 1 and size > 1 else None
+        return DraftBatch(room.tensor(), longest, rows_Q)
+
+    def _rows(self, drafts: Sequence[Draft], size: int) -> Tensor:
+        places = array("q")
+        for b, draft in enumerate(drafts):
+            places.extend(range(b * size, b * size + draft.nodes))
+        room = self._room("rows", len(places))
+        room.memory[:] = places
+        return room.tensor()
 
     def lengths(self, lengths: Sequence[int]) -> Tensor:
         """Committed rows of every sequence, int64 [B]."""
-        room = self._room(len(lengths))
+        room = self._room("lengths", len(lengths))
         for b, length in enumerate(lengths):
             room.memory[b] = length
         return room.tensor()
 
     def prompt(self, tokens: Sequence[int], size: int) -> Tensor:
         """A part of a prompt [1, T], filled up to `size`."""
-        room = self._room(1, size)
+        room = self._room("prompt", 1, size)
         room.memory[: len(tokens)] = array("q", tokens)
         return room.tensor()
 
-    def _room(self, *shape: int) -> _Room:
-        found = self._rooms.get(shape)
+    def _room(self, name: str, *shape: int) -> _Room:
+        found = self._rooms.get((name, *shape))
         if found is None:
-            found = self._rooms[shape] = _make_room(shape, self.device)
+            found = self._rooms[name, *shape] = _make_room(shape, self.device)
         return found
 
 

@@ -224,7 +224,8 @@ class Slots:
         for running, draft in zip(batch, drafts, strict=True):
             running.draft = draft
         filled = engine.filled(max(d.nodes for d in drafts), drafter.nodes)
-        tensors = self._inputs.drafts(drafts, filled, least=min(drafter.nodes, 2))
+        least, packed = min(drafter.nodes, 2), engine.backbone.packs
+        tensors = self._inputs.drafts(drafts, filled, least=least, packed=packed)
         lengths = [r.length for r in batch]
         lengths_B = self._inputs.lengths(lengths)
         visible = engine.backbone.visible(max(lengths) + tensors.nodes, self._cache.capacity)

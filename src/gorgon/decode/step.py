@@ -146,8 +146,9 @@ class Stepper:
         Args: choices_BN: the backbone's sampled token after each node; None takes the argmax.
         """
         packed = functions.settle(
-            self.backbone, cache, batch.flat_4BN, lengths_B, batch.longest, hidden_BNH, choices_BN, self._reads
-        )
+            self.backbone, cache, batch.flat_4BN, lengths_B, batch.longest, hidden_BNH, choices_BN, self._reads,
+            batch.rows_Q,
+        )  # fmt: skip
         return self._decided(packed.tolist(), batch.longest)
 
     @torch.inference_mode()
@@ -162,12 +163,12 @@ class Stepper:
         if captured is not None:
             hidden_BNH, rows = self._replay(captured, choose)
             return hidden_BNH, self._decided(rows, batch.longest)
-        flat_4BN, longest = batch.flat_4BN, batch.longest
+        flat_4BN, rows_Q, longest = batch.flat_4BN, batch.rows_Q, batch.longest
         bound = self.functions(cache)
         if choose is None:
-            hidden_BNH, packed = bound.greedy(flat_4BN, lengths_B, visible, longest)
+            hidden_BNH, packed = bound.greedy(flat_4BN, rows_Q, lengths_B, visible, longest)
             return hidden_BNH, self._decided(packed.tolist(), longest)
-        (hidden_BNH,) = bound.forward(flat_4BN, lengths_B, visible)
+        (hidden_BNH,) = bound.forward(flat_4BN, rows_Q, lengths_B, visible)
         return hidden_BNH, self.settle(cache, batch, lengths_B, hidden_BNH, choose(hidden_BNH))
 
     @torch.inference_mode()

@@ -44,6 +44,12 @@ struct Attention {
   float scale;
 };
 
+// Queries of one sequence and group that are computed together: from `begin` to `end` of the nodes at place b times the
+// heads that share keys. `sequence` is whose rows they see, which their spans count from `base` on.
+struct Block {
+  int64_t b, group, begin, end, sequence, base;
+};
+
 template <int... I>
 inline Vector half_of(const Vector& a, const Vector& b, int odd, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
@@ -146,13 +152,15 @@ void add_rows(
   for (; d < size; d += LANES) add_columns<R, 1>(weights, weights_row, values + d, values_row, rows, size, sums + d);
 }
 
-// The queries from `begin` to `end` of a group, at most QUERIES; `room` is memory to work in.
-void attend(const Attention& a, int64_t b, int64_t group, int64_t begin, int64_t end, std::vector<float>& room) {
-  const int64_t shared = a.heads / a.groups, count = end - begin;
+// The queries of a block, at most QUERIES; `room` is memory to work in.
+void attend(const Attention& a, const Block& block, std::vector<float>& room) {
+  const int64_t b = block.b, group = block.group, begin = block.begin, count = block.end - begin;
+  const int64_t shared = a.heads / a.groups;
   Span spans[QUERIES];
   int64_t first = std::numeric_limits<int64_t>::max(), last = 0, same_from = 0, same_to = first;
   for (int64_t q = 0; q < count; ++q) {
-    const Span& span = spans[q] = a.spans[b * a.nodes + (begin + q) / shared];
+    Span& span = spans[q] = a.spans[b * a.nodes + (begin + q) / shared];
+    span.first -= block.base, span.end -= block.base;
     first = std::min(first, span.first), last = std::max(last, span.last());
     same_from = std::max(same_from, span.first), same_to = std::min(same_to, span.end);
   }
@@ -162,7 +170,7 @@ void attend(const Attention& a, int64_t b, int64_t group, int64_t begin, int64_t
   float* const weights = room.data() - first;  // of query q and row r: at q * width + r
   float* const sums = room.data() + count * width;
 
-  const float* const keys = a.keys.of(b, group);
+  const float* const keys = a.keys.of(block.sequence, group);
   for (int64_t row = first; row < last; row += LANES)
     for (int64_t q = 0; q < count; ++q) {
       if (row >= spans[q].last() || row + LANES <= spans[q].first) continue;
@@ -175,7 +183,7 @@ void attend(const Attention& a, int64_t b, int64_t group, int64_t begin, int64_t
   float total[QUERIES];
   for (int64_t q = 0; q < count; ++q) total[q] = weigh(weights + q * width + spans[q].first, spans[q]);
 
-  const float* const values = a.values.of(b, group);
+  const float* const values = a.values.of(block.sequence, group);
   const int64_t step = a.values.row, size = a.value_size;
   std::memset(sums, 0, count * size * sizeof(float));
   const auto add = [&](int64_t q, int64_t from, int64_t to) {  // rows of the context that not all queries see
@@ -194,15 +202,33 @@ void attend(const Attention& a, int64_t b, int64_t group, int64_t begin, int64_t
   }
 }
 
-void attend_all(const Attention& a) {
-  const int64_t queries = a.nodes * (a.heads / a.groups), blocks = (queries + QUERIES - 1) / QUERIES;
-  const int64_t height = (queries + blocks - 1) / blocks;
-  torch::stable::parallel_for(0, a.batch * a.groups * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> room;
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t block = unit % blocks, group = unit / blocks % a.groups, b = unit / blocks / a.groups;
-      attend(a, b, group, block * height, std::min((block + 1) * height, queries), room);
+// Which sequence's rows a query sees, where those of all sequences are counted through, `rows` of each.
+int64_t sequence_of(const Span& span, int64_t rows) { return span.end / rows; }
+
+// The queries in blocks: neighbours of one sequence, in parts of like size; those that read the same rows follow each
+// other. `rows` is 0 where every place in the batch is a sequence, else how many rows each sequence has.
+std::vector<Block> blocks_of(const Attention& a, int64_t rows) {
+  const int64_t shared = a.heads / a.groups;
+  std::vector<Block> found;
+  for (int64_t b = 0; b < a.batch; ++b)
+    for (int64_t node = 0, next; node < a.nodes; node = next) {
+      const Span* const spans = a.spans + b * a.nodes;
+      const int64_t sequence = rows ? sequence_of(spans[node], rows) : b;
+      for (next = rows ? node + 1 : a.nodes; next < a.nodes && sequence_of(spans[next], rows) == sequence;) ++next;
+      const int64_t queries = (next - node) * shared, parts = (queries + QUERIES - 1) / QUERIES;
+      const int64_t height = (queries + parts - 1) / parts, first = node * shared, last = next * shared;
+      for (int64_t group = 0; group < a.groups; ++group)
+        for (int64_t begin = first; begin < last; begin += height)
+          found.push_back({b, group, begin, std::min(begin + height, last), sequence, rows * sequence});
     }
+  return found;
+}
+
+void attend_all(const Attention& a, int64_t rows) {
+  const std::vector<Block> blocks = blocks_of(a, rows);
+  torch::stable::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> room;
+    for (int64_t unit = begin; unit < end; ++unit) attend(a, blocks[unit], room);
   });
 }
 
@@ -212,7 +238,8 @@ Tensor side_by_side(const Tensor& given) { return given.stride(3) == 1 ? given :
 Rows rows_of(const Tensor& tensor) { return {data_of(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 
 // Queries [B, heads, nodes, size], keys [B, groups, rows, size], values [B, groups, rows, value_size] and spans
-// [B, 1, nodes, 3] to [B, nodes, heads, value_size].
+// [B, 1, nodes, 3] to [B, nodes, heads, value_size]. Or keys and values of more sequences than one place of queries: then
+// the spans count the rows of all sequences through, so that those of the next one begin at `rows`.
 Tensor tree_attention(
     const Tensor& given, const Tensor& given_keys, const Tensor& given_values, const Tensor& spans, double scale) {
   for (const Tensor& tensor : {given, given_keys, given_values})
@@ -222,7 +249,10 @@ Tensor tree_attention(
   const int64_t groups = keys.size(1), rows = keys.size(2), value_size = values.size(3);
   STD_TORCH_CHECK(size == keys.size(3) && size % LANES == 0 && value_size % LANES == 0, "sizes: whole vectors");
   STD_TORCH_CHECK(groups > 0 && heads % groups == 0 && values.size(1) == groups, "heads: as many to every group");
-  STD_TORCH_CHECK(keys.size(0) == batch && values.size(0) == batch && values.size(2) == rows, "rows: keys and values");
+  const int64_t sequences = keys.size(0);
+  STD_TORCH_CHECK(values.size(0) == sequences && values.size(2) == rows, "rows: as many of values as of keys");
+  STD_TORCH_CHECK(batch == sequences || batch == 1, "queries: of every sequence, or in one place");
+  const bool through = batch < sequences && rows > 0;
   STD_TORCH_CHECK(
       spans.is_cpu() && spans.is_contiguous() && spans.scalar_type() == torch::headeronly::ScalarType::Long &&
           spans.dim() == 4 && spans.size(0) == batch && spans.size(1) == 1 && spans.size(2) == nodes &&
@@ -231,12 +261,15 @@ Tensor tree_attention(
   const Span* const given_spans = static_cast<const Span*>(spans.data_ptr());
   for (int64_t i = 0; i < batch * nodes; ++i) {
     const Span& span = given_spans[i];
-    STD_TORCH_CHECK(0 <= span.first && span.first <= span.end && span.last() <= rows, "spans: rows that are there");
+    const int64_t sequence = through ? sequence_of(span, rows) : 0, base = sequence * rows;
+    STD_TORCH_CHECK(
+        0 <= base && base <= span.first && span.first <= span.end && span.last() <= base + rows && sequence < sequences,
+        "spans: rows that are there");
   }
   const int64_t sizes[] = {batch, nodes, heads, value_size};
   const Tensor result = empty(sizes, 4);
   attend_all({rows_of(queries), rows_of(keys), rows_of(values), given_spans, data_of(result), batch, nodes, heads,
-              groups, size, value_size, static_cast<float>(scale)});
+              groups, size, value_size, static_cast<float>(scale)}, through ? rows : 0);
   return result;
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gorgon.config import EMBEDDED, Dtype, Quantization, StepMode
 from gorgon.core.accept import ancestors
+from gorgon.core.packing import pack, unpack
 from gorgon.errors import ModelError
 from gorgon.models import attention
 from gorgon.models.cache import TreeCache
@@ -28,7 +29,15 @@ from gorgon.models.graphs import Graphs
 from gorgon.models.kernels import kernels_work
 from gorgon.models.last_row import LastRow
 from gorgon.models.linear import lay_out_linear_weights
-from gorgon.models.masks import additive, prompt_spans, prompt_visibility, tree_spans, tree_visibility, within
+from gorgon.models.masks import (
+    additive,
+    packed_spans,
+    prompt_spans,
+    prompt_visibility,
+    tree_spans,
+    tree_visibility,
+    within,
+)
 from gorgon.models.quantize import quantizer
 
 log = logging.getLogger(__name__)
@@ -192,8 +201,20 @@ class Backbone:
             return capacity
         return needed if self.graphs is None else min(-(-needed // ROUNDED) * ROUNDED, capacity)
 
+    @property
+    def packs(self) -> bool:
+        """Whether a batch of drafts is run without the nodes that only fill it up."""
+        return self.kernels and self.spans and self.graphs is None
+
     def forward_tree(
-        self, cache: TreeCache, tokens_BN: Tensor, depths_BN: Tensor, bits_BN: Tensor, lengths_B: Tensor, visible: int
+        self,
+        cache: TreeCache,
+        tokens_BN: Tensor,
+        depths_BN: Tensor,
+        bits_BN: Tensor,
+        lengths_B: Tensor,
+        visible: int,
+        rows_Q: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, N, H] of every node of B draft trees, each behind its own context; rows go to the cache.
 
@@ -204,9 +225,12 @@ class Backbone:
             bits_BN: ancestors as `core.accept.ancestors` reads them.
             lengths_B: committed rows of each sequence.
             visible: S, cache rows to read: at least the longest length plus N.
+            rows_Q: places in [B * N] of the nodes to be run, where the backbone `packs`; zeros come out for the others.
         """
         positions_BN = (lengths_B[:, None] + depths_BN).clamp(max=self.max_length - 1)
         slots_BN = lengths_B[:, None] + torch.arange(tokens_BN.shape[1], device=tokens_BN.device)
+        if rows_Q is not None:
+            return self._forward_packed(cache, tokens_BN, positions_BN, bits_BN, lengths_B, slots_BN, visible, rows_Q)
         cache.place(slots_BN, visible)
         if self.spans:
             mask = self._by_layers(lambda window: tree_spans(bits_BN, positions_BN, lengths_B, window))
@@ -214,6 +238,25 @@ class Backbone:
             seen_BNS, keys_BS = tree_visibility(ancestors(bits_BN), positions_BN, lengths_B, visible)
             mask = self._mask(seen_BNS, positions_BN, keys_BS)
         return self._run(cache, tokens_BN.clamp(min=0), positions_BN, mask)
+
+    def _forward_packed(
+        self,
+        cache: TreeCache,
+        tokens_BN: Tensor,
+        positions_BN: Tensor,
+        bits_BN: Tensor,
+        lengths_B: Tensor,
+        slots_BN: Tensor,
+        visible: int,
+        rows_Q: Tensor,
+    ) -> Tensor:
+        tokens_1Q, positions_1Q, slots_1Q = (pack(x, rows_Q)[None] for x in (tokens_BN, positions_BN, slots_BN))
+        cache.place(slots_1Q, visible, (rows_Q // tokens_BN.shape[1])[None])
+        mask = self._by_layers(
+            lambda window: packed_spans(tree_spans(bits_BN, positions_BN, lengths_B, window), rows_Q, visible)
+        )
+        hidden_1QH = self._run(cache, tokens_1Q.clamp(min=0), positions_1Q, mask)
+        return unpack(hidden_1QH[0], rows_Q, *tokens_BN.shape)
 
     def forward_prompt(self, cache: TreeCache, tokens_1T: Tensor, start_1: Tensor, visible: int) -> Tensor:
         """Hidden states [1, T, H] of a part of a prompt that begins at position `start_1`; rows go to the cache."""

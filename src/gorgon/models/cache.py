@@ -2,7 +2,8 @@
 
 It speaks the protocol of transformers' `Cache`, so every model class takes it as `past_key_values`.
 Shapes: L layers, B sequences in a step, C sequences in the buffer, G key-value heads, M capacity in tokens, D head
-size, N new rows of a sequence in a step, P accepted rows, S rows that a step's attention reads.
+size, N new rows of a sequence in a step, Q those of all sequences, P accepted rows, S rows that a step's attention
+reads.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         self.num_layers, self.sequences, self.capacity = layers, sequences, capacity
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._rows_B1: Tensor | None = None
+        self._sequences: Tensor | None = None
+        self._packed = False
         self._slots_BN: Tensor | None = None
         self._visible = 0
 
@@ -48,15 +50,18 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         cache.keys, cache.values = list(keys), list(values)
         return cache
 
-    def place(self, slots_BN: Tensor, visible: int) -> None:
+    def place(self, slots_BN: Tensor, visible: int, sequences_1Q: Tensor | None = None) -> None:
         """Says where the next forward writes: row `slots_BN[b, i]` of sequence b, and that it reads rows [0, visible).
 
+        Args: sequences_1Q: which sequence each row belongs to, where B is one and rows of several sequences are packed.
         Raises: LimitError when that is more than the cache holds.
         """
         if visible > self.capacity:
             raise LimitError("the cache is full", field="capacity", value=visible, allowed=f"at most {self.capacity}")
         self._slots_BN, self._visible = slots_BN, visible
-        self._rows_B1 = torch.arange(slots_BN.shape[0], device=slots_BN.device)[:, None]
+        self._packed = sequences_1Q is not None
+        each_B1 = torch.arange(slots_BN.shape[0], device=slots_BN.device)[:, None]
+        self._sequences = each_B1 if sequences_1Q is None else sequences_1Q
 
     @property
     def placed(self) -> tuple[Tensor, int]:
@@ -67,13 +72,16 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes the step's rows [B, G, N, D] and returns all visible rows, as views [B, G, S, D]; no copy."""
+        """Writes the step's rows [B, G, N, D] and returns all visible rows, as views; no copy.
+
+        Returns: [B, G, S, D]; [C, G, S, D] where rows of several sequences are packed.
+        """
         if layer_idx == len(self.keys):
             self._allocate(key_states, value_states)
-        batch = key_states.shape[0]
+        batch = self.sequences if self._packed else key_states.shape[0]
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[self._rows_B1, :, self._slots_BN] = key_states.transpose(1, 2)
-        values[self._rows_B1, :, self._slots_BN] = value_states.transpose(1, 2)
+        keys[self._sequences, :, self._slots_BN] = key_states.transpose(1, 2)
+        values[self._sequences, :, self._slots_BN] = value_states.transpose(1, 2)
         return keys[:batch, :, : self._visible], values[:batch, :, : self._visible]
 
     def _allocate(self, keys_BGND: Tensor, values_BGND: Tensor) -> None:

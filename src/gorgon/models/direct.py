@@ -176,10 +176,10 @@ class BoundCalls:
         self._ready: dict[tuple[Any, ...], _Ready] = {}
 
     def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """Args: arguments: tensors without gradients, and numbers.
+        """Args: arguments: tensors without gradients, numbers, and None.
         Raises: what torch raises when it cannot compile.
         """
-        shapes = tuple([a if type(a) is int else (a.shape, a.stride(), a.dtype) for a in arguments])
+        shapes = tuple([a if a is None or type(a) is int else (a.shape, a.stride(), a.dtype) for a in arguments])
         ready = self._ready.get(shapes) or self._prepare(shapes, arguments)
         if ready is None:
             return self._calls(*arguments, *self._fixed)

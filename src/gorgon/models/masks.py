@@ -1,8 +1,8 @@
 """What each node of a draft tree, or each token of a prompt, may look at: as spans for our kernel, or as a mask.
 
 Source: tree attention, Medusa, arXiv:2401.10774, section 2.1.2. A node sees the committed context and its own path.
-Shapes: B sequences, N nodes, S cache rows that the step reads. Rows [0, length) of a sequence are its context; row
-length + i is node i of the step.
+Shapes: B sequences, N nodes, Q nodes of all sequences that are no fillers, S cache rows that the step reads. Rows
+[0, length) of a sequence are its context; row length + i is node i of the step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gorgon.core.accept import ancestors
 from gorgon.core.draft import MOST_NODES
+from gorgon.core.packing import pack
 
 
 def tree_spans(bits_BN: Tensor, positions_BN: Tensor, lengths_B: Tensor, window: int | None) -> Tensor:
@@ -29,6 +30,17 @@ def tree_spans(bits_BN: Tensor, positions_BN: Tensor, lengths_B: Tensor, window:
             places_N = torch.arange(bits_BN.shape[1], device=bits_BN.device)
             bits_BN = ((ancestors(bits_BN) & near_BNN).long() << places_N).sum(-1)
     return torch.stack((first_BN, ends_BN, bits_BN), dim=-1)[:, None]
+
+
+def packed_spans(spans_B1N3: Tensor, rows_Q: Tensor, visible: int) -> Tensor:
+    """Spans [1, 1, Q, 3] of the nodes that are there, which count the rows of all sequences through, `visible` of each.
+
+    Args: rows_Q: int64, the nodes' places in [B * N].
+    """
+    first_BN, ends_BN, bits_BN = spans_B1N3[:, 0].unbind(-1)
+    begins_B1 = visible * torch.arange(len(first_BN), device=first_BN.device)[:, None]
+    spans_BN3 = torch.stack((first_BN + begins_B1, ends_BN + begins_B1, bits_BN), dim=-1)
+    return pack(spans_BN3, rows_Q)[None, None]
 
 
 def prompt_spans(positions_1T: Tensor, window: int | None) -> Tensor:
