@@ -150,7 +150,9 @@ class TuneConfig(StepConfig):
         0.95, gt=0, le=1, description="Heads draft the tokens that make up this share of all answers; 1 drafts any."
     )
     trials: int = Field(5, ge=3, description="Timing passes per tree size; the median counts.")
-    finalist_answers: int = Field(48, ge=1, description="Answers that each of the likeliest choices decodes for real.")
+    finalist_answers: int = Field(
+        48, ge=1, description="Answers that each of the likeliest choices decodes, or 8 per sequence."
+    )
     steps: StepMode = Field("auto", description=STEPS_HELP)
     dtype: Dtype = Field("auto", description="Weights' dtype; auto is bfloat16 on a GPU and float32 on a CPU.")
     quantization: Quantization = Field("none", description=QUANTIZATION_HELP)

@@ -5,18 +5,19 @@ from collections import Counter
 import pytest
 import torch
 
+from gorgon.config import TuneConfig
 from gorgon.core.heads import MedusaHeads
 from gorgon.core.phrasebook import Phrasebook
 from gorgon.core.rank_stats import best_tree, count_prefixes, replay
 from gorgon.core.tree import DraftTree
 from gorgon.data.chat import encode_prompt
 from gorgon.data.sample import generate_rows
-from gorgon.decode.calibrate import count_acceptance, record, replay_drafter
+from gorgon.decode.calibrate import Recording, count_acceptance, record, replay_drafter
 from gorgon.decode.candidates import Candidate
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.dynamic import DynamicDrafter
 from gorgon.decode.engine import PLAIN, Engine
-from gorgon.decode.finalists import Finalist, choose_finalist
+from gorgon.decode.finalists import Finalist, choose_finalist, decode_finalists
 from gorgon.decode.vocabulary import draft_vocabulary
 from gorgon.models.backbone import load_backbone
 
@@ -99,3 +100,23 @@ def test_drafting_is_chosen_where_it_is_clearly_faster_than_plain_decoding(turns
         for tree, gains in zip(trees, [(1.0,) * 4, *turns], strict=True)
     ]
     assert choose_finalist(finalists) is finalists[chosen]
+
+
+@pytest.mark.parametrize(("batch", "groups"), [(1, 3), (4, 4), (16, 4)])
+def test_every_finalist_has_several_turns_however_many_are_decoded_together(batch, groups):
+    class Counted:
+        def __init__(self):
+            self.asked = []
+
+        def with_drafter(self, _):
+            return self
+
+        def generate(self, prompts, *, max_new_tokens, together):
+            self.asked.append((len(prompts), max_new_tokens, together))
+
+    counted, recordings = Counted(), [Recording([1], [5, 2], [], [])] * 200
+    candidates = [Candidate(StaticDrafter(tree), 1.0, tree.nodes, 1.0) for tree in (DraftTree(), DraftTree.chain(1))]
+    config = TuneConfig(model="embedded", trials=3, finalist_answers=24)
+    found = decode_finalists(counted, candidates, recordings, batch, config)
+    assert [len(f.over_plain) for f in found] == [3 * groups] * 2
+    assert counted.asked == [(max(8, 2 * batch), 2, batch)] * (2 + 2 * 3 * groups)

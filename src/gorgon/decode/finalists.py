@@ -18,6 +18,8 @@ STATIC, DYNAMIC = 2, 3
 """Candidates of each kind that become finalists; predictions err by a few percent."""
 GROUP = 8
 """Answers that one finalist decodes before the next takes its turn: a slow moment hits all of them alike."""
+GROUPS = 4
+"""Turns of a pass at least, however many sequences are decoded together: a quarter of two or three says little."""
 WORTH = 1.05
 """Drafting must be this much faster than plain decoding to be taken, and not slower in three turns of four: what is
 less may be the noise of a busy machine, of which the best of several finalists has the most."""
@@ -71,8 +73,8 @@ def decode_finalists(
     Raises: Interrupted between two turns.
     """
     engines = [engine.with_drafter(c.drafter) for c in candidates]
-    chosen = recordings[: max(config.finalist_answers, 2 * batch)]
     size = max(GROUP, 2 * batch)
+    chosen = recordings[: max(config.finalist_answers, GROUPS * 2 * batch)]
     groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
     seconds = [[list[float]() for _ in groups] for _ in candidates]
     tokens = sum(len(r.answer_ids) for r in chosen)

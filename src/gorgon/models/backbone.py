@@ -229,34 +229,24 @@ class Backbone:
         """
         positions_BN = (lengths_B[:, None] + depths_BN).clamp(max=self.max_length - 1)
         slots_BN = lengths_B[:, None] + torch.arange(tokens_BN.shape[1], device=tokens_BN.device)
+        tokens_BN = tokens_BN.clamp(min=0)
+
+        def spans(window: int | None) -> Tensor:
+            return tree_spans(bits_BN, positions_BN, lengths_B, window)
+
         if rows_Q is not None:
-            return self._forward_packed(cache, tokens_BN, positions_BN, bits_BN, lengths_B, slots_BN, visible, rows_Q)
+            tokens_1Q, positions_1Q, slots_1Q = (pack(x, rows_Q)[None] for x in (tokens_BN, positions_BN, slots_BN))
+            cache.place(slots_1Q, visible, sequences_1Q=(rows_Q // tokens_BN.shape[1])[None])
+            mask = self._by_layers(lambda window: packed_spans(spans(window), rows_Q, visible))
+            hidden_1QH = self._run(cache, tokens_1Q, positions_1Q, mask)
+            return unpack(hidden_1QH[0], rows_Q, *tokens_BN.shape)
         cache.place(slots_BN, visible)
         if self.spans:
-            mask = self._by_layers(lambda window: tree_spans(bits_BN, positions_BN, lengths_B, window))
+            mask = self._by_layers(spans)
         else:
             seen_BNS, keys_BS = tree_visibility(ancestors(bits_BN), positions_BN, lengths_B, visible)
             mask = self._mask(seen_BNS, positions_BN, keys_BS)
-        return self._run(cache, tokens_BN.clamp(min=0), positions_BN, mask)
-
-    def _forward_packed(
-        self,
-        cache: TreeCache,
-        tokens_BN: Tensor,
-        positions_BN: Tensor,
-        bits_BN: Tensor,
-        lengths_B: Tensor,
-        slots_BN: Tensor,
-        visible: int,
-        rows_Q: Tensor,
-    ) -> Tensor:
-        tokens_1Q, positions_1Q, slots_1Q = (pack(x, rows_Q)[None] for x in (tokens_BN, positions_BN, slots_BN))
-        cache.place(slots_1Q, visible, (rows_Q // tokens_BN.shape[1])[None])
-        mask = self._by_layers(
-            lambda window: packed_spans(tree_spans(bits_BN, positions_BN, lengths_B, window), rows_Q, visible)
-        )
-        hidden_1QH = self._run(cache, tokens_1Q.clamp(min=0), positions_1Q, mask)
-        return unpack(hidden_1QH[0], rows_Q, *tokens_BN.shape)
+        return self._run(cache, tokens_BN, positions_BN, mask)
 
     def forward_prompt(self, cache: TreeCache, tokens_1T: Tensor, start_1: Tensor, visible: int) -> Tensor:
         """Hidden states [1, T, H] of a part of a prompt that begins at position `start_1`; rows go to the cache."""
