@@ -85,8 +85,7 @@ def test_nodes_look_at_spans_unless_the_model_needs_more(family, fits, monkeypat
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("mode", ["eager", "recorded"])
+@pytest.mark.parametrize(("mode", "packed"), [("eager", False), ("eager", True), ("recorded", True)])
 def test_a_node_of_a_tree_has_the_bits_of_plain_decoding(mode, packed):
     """Trained weights, wrong branches between the nodes of the path, and another sequence beside it."""
     backbone, random = load_backbone("embedded", dtype="float32"), Random(0)
