@@ -111,12 +111,12 @@ def test_nodes_of_several_sequences_in_one_row_get_the_bits_that_they_get_in_a_b
     in_batch = run(queries, keys, values, spans_B1N3)
     kept = [(b, n) for b in range(batch) for n in range(data.draw(st.integers(1, nodes)))]
     others = keys.new_full((2, *keys.shape[1:]), float("nan"))  # sequences that take no part
-    b_R, n_R = torch.tensor(kept).T
-    spans_11R3 = (spans_B1N3[b_R, 0, n_R] + rows * b_R[:, None] * torch.tensor([1, 1, 0]))[None, None]
+    b_Q, n_Q = torch.tensor(kept).T
+    spans_11Q3 = (spans_B1N3[b_Q, 0, n_Q] + rows * b_Q[:, None] * torch.tensor([1, 1, 0]))[None, None]
     found = run(
-        queries[b_R, :, n_R].transpose(0, 1)[None], torch.cat((keys, others)), torch.cat((values, others)), spans_11R3
+        queries[b_Q, :, n_Q].transpose(0, 1)[None], torch.cat((keys, others)), torch.cat((values, others)), spans_11Q3
     )
-    assert torch.equal(found[0], in_batch[b_R, n_R])
+    assert torch.equal(found[0], in_batch[b_Q, n_Q])
 
 
 @pytest.mark.parametrize(

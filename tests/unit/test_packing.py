@@ -24,9 +24,8 @@ def test_the_rows_are_those_of_the_nodes_that_are_there(sizes, least):
     if batch.rows_Q is None:
         assert len(sizes) == 1 or tokens_BN.shape[1] == 1
         return
-    assert torch.equal(batch.rows_Q, (tokens_BN.flatten() != FILLER).nonzero()[:, 0]) and len(batch.rows_Q) == sum(
-        sizes
-    )
+    assert torch.equal(batch.rows_Q, (tokens_BN.flatten() != FILLER).nonzero()[:, 0])
+    assert len(batch.rows_Q) == sum(sizes)
     packed_Q = pack(tokens_BN, batch.rows_Q)
     again_BN = unpack(packed_Q, batch.rows_Q, *tokens_BN.shape)
     assert torch.equal(again_BN, tokens_BN.where(tokens_BN != FILLER, 0))

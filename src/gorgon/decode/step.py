@@ -3,7 +3,8 @@
 Source: Medusa, arXiv:2401.10774, section 2.1.2 (tree attention). The same code does plain decoding: its tree is the
 root alone. A step is two pure functions of tensors, the forward and its settling, between which sampling may choose the
 tokens; a greedy step is compiled as one. What was decided comes back in one transfer, the only wait for the device.
-Shapes: B sequences, N nodes, P nodes of the longest path, K heads, R choices per head, H hidden size, V vocabulary.
+Shapes: B sequences, N nodes, Q nodes of all sequences that are no fillers, P nodes of the longest path, K heads, R
+choices per head, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The backbone: a transformers causal LM, loaded, checked, frozen, and read through two calls.
 
-Shapes: B batch, T positions, H hidden size, V vocabulary.
+Shapes: B batch, T positions, N nodes of a draft, Q nodes of all drafts that are no fillers, S rows of the cache that a
+forward reads, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._sequences: Tensor | None = None
-        self._packed = False
+        self._read = 0  # of how many sequences the next forward reads
         self._slots_BN: Tensor | None = None
         self._visible = 0
 
@@ -59,9 +59,11 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         if visible > self.capacity:
             raise LimitError("the cache is full", field="capacity", value=visible, allowed=f"at most {self.capacity}")
         self._slots_BN, self._visible = slots_BN, visible
-        self._packed = sequences_1Q is not None
-        each_B1 = torch.arange(slots_BN.shape[0], device=slots_BN.device)[:, None]
-        self._sequences = each_B1 if sequences_1Q is None else sequences_1Q
+        if sequences_1Q is None:
+            self._read = slots_BN.shape[0]
+            self._sequences = torch.arange(self._read, device=slots_BN.device)[:, None]
+        else:
+            self._read, self._sequences = self.sequences, sequences_1Q
 
     @property
     def placed(self) -> tuple[Tensor, int]:
@@ -78,11 +80,10 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         """
         if layer_idx == len(self.keys):
             self._allocate(key_states, value_states)
-        batch = self.sequences if self._packed else key_states.shape[0]
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys[self._sequences, :, self._slots_BN] = key_states.transpose(1, 2)
         values[self._sequences, :, self._slots_BN] = value_states.transpose(1, 2)
-        return keys[:batch, :, : self._visible], values[:batch, :, : self._visible]
+        return keys[: self._read, :, : self._visible], values[: self._read, :, : self._visible]
 
     def _allocate(self, keys_BGND: Tensor, values_BGND: Tensor) -> None:
         for states, buffers in ((keys_BGND, self.keys), (values_BGND, self.values)):

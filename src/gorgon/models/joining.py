@@ -31,8 +31,8 @@ class Product:
     outputs: int
 
 
-def join(graph: fx.GraphModule, products: Iterable[Product], multiply: Callable[[Product, int], fx.Node]) -> None:
-    """Joins each run of products that follow one another in their block.
+def join(graph: fx.Graph, products: Iterable[Product], multiply: Callable[[Product, int], fx.Node]) -> None:
+    """Joins each run of products that follow one another in their block; the caller recompiles the graph.
 
     Args:
         products: in the graph's order.
@@ -51,8 +51,7 @@ def join(graph: fx.GraphModule, products: Iterable[Product], multiply: Callable[
             ends[product.shared, product.end] = run
     for run in runs:
         if len(run) > 1:
-            _join_run(graph.graph, run, multiply)
-    graph.recompile()
+            _join_run(graph, run, multiply)
 
 
 def _join_run(graph: fx.Graph, run: list[Product], multiply: Callable[[Product, int], fx.Node]) -> None:

@@ -62,7 +62,8 @@ def join_products(graph: fx.GraphModule) -> None:
     def joined(first: Product, outputs: int) -> fx.Node:
         return graph.graph.call_function(multiply, (*first.node.args[:-1], outputs))
 
-    join(graph, products, joined)
+    join(graph.graph, products, joined)
+    graph.recompile()
 
 
 def in_panels(heads: PackedHeads) -> PackedHeads:

@@ -70,7 +70,7 @@ def join_siblings(graph: fx.GraphModule) -> None:
         weight = graph.graph.call_function(operator.getitem, (block, slice(first.start, first.start + outputs)))
         return graph.graph.call_function(linear, (x, weight))
 
-    join(graph, products, joined)
+    join(graph.graph, products, joined)
     graph.graph.eliminate_dead_code()  # the rows of each
     graph.recompile()
 
