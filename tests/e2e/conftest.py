@@ -14,10 +14,10 @@ from tests.cloud_plane.fixtures import image, own_image, plane, tiny  # noqa: F4
 from tests.serve_support import make_engine, server
 
 SMALL = (
-    "prepare.rows=400", "finetune.max_steps=12", "finetune.eval_steps=12", "finetune.eval_rows=16", "distill.rows=250",
+    "prepare.rows=400", "finetune.max_steps=12", "finetune.eval_steps=12", "finetune.eval_rows=16", "distill.rows=160",
     "train-heads.heads=3", "train-heads.epochs=8", "train-heads.evaluations=2", "tune.prompts=12", "tune.max_nodes=16",
-    "tune.trials=3", "compare.prompts=12", "compare.trials=2", "compare.warmup_prompts=2", "compare.examples=2",
-    "tune.steps=eager", "compare.steps=eager",  # compiled steps have tests of their own and take half a minute
+    "tune.trials=3", "tune.finalist_answers=6", "compare.prompts=12", "compare.trials=2", "compare.warmup_prompts=2",
+    "compare.examples=2", "tune.steps=eager", "compare.steps=eager",  # compiled steps have tests of their own
 )  # fmt: skip
 
 
