@@ -70,8 +70,11 @@ def join_siblings(graph: fx.GraphModule) -> None:
         weight = graph.graph.call_function(operator.getitem, (block, slice(first.start, first.start + outputs)))
         return graph.graph.call_function(linear, (x, weight))
 
+    weights = dict.fromkeys(cast(fx.Node, product.node.args[1]) for product in products)
     join(graph.graph, products, joined)
-    graph.graph.eliminate_dead_code()  # the rows of each
+    for weight in weights:  # not `eliminate_dead_code`: to it a method that writes in place, as routers do, is dead
+        if not weight.users:
+            graph.graph.erase_node(weight)
     graph.recompile()
 
 
