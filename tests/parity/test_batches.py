@@ -6,10 +6,13 @@ import torch
 from gorgon.core.heads import MedusaHeads
 from gorgon.core.sampling import Sampling
 from gorgon.core.tree import DraftTree
+from gorgon.decode import engine as engine_module
+from gorgon.decode import slots as slots_module
 from gorgon.decode.drafts import StaticDrafter
 from gorgon.decode.engine import PLAIN, Engine
 from gorgon.decode.request import Request
 from gorgon.errors import ModelError
+from gorgon.models.cache import TreeCache
 from gorgon.models.toolchain import cpp_compiler
 from tests.parity.support import CONTEXT, TREES, VOCAB, Oracle, backbone_of, oracle_engine, prompts, reference
 
@@ -68,6 +71,52 @@ def test_rows_of_different_length_acceptance_and_limit(backbone, tree, together)
         assert run.generation.step_nodes == alone.step_nodes, "the same drafts are accepted, too"
         assert run.generation.finish == alone.finish and run.error is None
     assert max(sizes) > 1, "they must have run together, or this test shows nothing"
+
+
+def test_calls_keep_a_cache_for_those_that_follow(backbone, monkeypatch):
+    made = []
+
+    class Counted(TreeCache):
+        def __init__(self, *arguments):
+            made.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(slots_module, "TreeCache", Counted)
+    asked = prompts((2, 9, 30, 1, 17))
+    expected = [reference(backbone, p, 20) for p in asked]
+    engine = oracle_engine(backbone, TREES["bushy"], asked, 20)
+    steps = [
+        (engine, asked, 20, 2, 2),  # the sequences' and that of the prompt being read
+        (engine.plain(), asked, 20, 2, 0),
+        (engine.with_tree(TREES["plain"]), asked[::-1], 5, 2, 0),
+        (engine, asked, 20, 2, 0),
+        (engine, asked, 20, 3, 2),  # another number of sequences
+        (engine, asked, 20, 1, 1),
+        (engine, asked[:1], 20, 4, 0),  # one prompt is one sequence
+    ]
+    for one, given, limit, together, caches in steps:
+        made.clear()
+        answers = one.generate(given, max_new_tokens=limit, together=together)
+        assert {tuple(p): a.token_ids for p, a in zip(given, answers, strict=True)} == {
+            tuple(p): e[:limit] for p, e in zip(asked, expected, strict=True) if p in given
+        }
+        assert len(made) == caches, (one, together)
+    made.clear()
+    growing = engine.stream(Request(asked[0], 20))
+    next(growing)
+    assert [a.token_ids for a in engine.generate(asked[1:2], max_new_tokens=20)] == expected[1:2]
+    assert list(growing)[-1].token_ids == expected[0]
+    assert len(made) == 1, "what a stream uses is nobody else's meanwhile"
+
+
+def test_a_kept_cache_that_is_too_small_is_made_anew(monkeypatch):
+    monkeypatch.setattr(engine_module, "ROUNDING", 8)
+    backbone, asked = backbone_of("llama"), prompts((2, 9))
+    engine = oracle_engine(backbone, TREES["bushy"], asked)
+    engine.plain().generate(asked, max_new_tokens=20)  # no room for drafts
+    for limit in (20, 40, 20):
+        answers = engine.generate(asked, max_new_tokens=limit)
+        assert [a.token_ids for a in answers] == [reference(backbone, p, limit) for p in asked]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3-moe"])

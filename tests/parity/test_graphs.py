@@ -168,6 +168,20 @@ def test_a_shape_is_captured_once(eager, asked):
     assert counts[0] == counts[1] == 2, "the prompt's and the step's"
 
 
+@pytest.mark.parametrize("together", [1, 3])
+def test_calls_that_follow_replay_what_was_captured(eager, asked, together):
+    recorder = Recorder()
+    engine = captured(eager, recorder)
+    drafters_in_turn = [drafters()[kind] for kind in ("static", "plain", "static", "plain")]
+    expected = [a.token_ids for a in eager.generate(asked, max_new_tokens=24)]
+    counts = []
+    for drafter in drafters_in_turn:
+        found = engine.with_drafter(drafter).generate(asked, max_new_tokens=24, together=together)
+        assert [a.token_ids for a in found] == expected
+        counts.append(recorder.captured)
+    assert 0 < counts[0] < counts[1] == counts[2] == counts[3]
+
+
 def test_new_buffers_are_captured_anew(eager, asked):
     recorder = Recorder()
     engine = captured(eager, recorder)

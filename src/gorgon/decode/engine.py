@@ -60,12 +60,13 @@ class Engine:
                                  allowed=f"0 to {size - 1}")  # fmt: skip
         self._chosen: dict[int, Drafter] = {}
         self._steppers: dict[tuple[StepMode, int, int], Stepper] = {}
-        self._single: Slots | None = None
+        self._kept: list[Slots] = []  # at most the last call's: what is compiled or captured is bound to their cache
 
     def with_drafter(self, drafters: Drafter | Mapping[int, Drafter]) -> Engine:
-        """An engine on the same weights that drafts otherwise. Both share their steppers, and so what was captured."""
+        """An engine on the same weights that drafts otherwise. Both share their steppers and the cache that is kept
+        between calls, and so what was captured."""
         other = Engine(self.backbone, self.heads, drafters, self.vocabulary_U)
-        other._steppers = self._steppers
+        other._steppers, other._kept = self._steppers, self._kept
         return other
 
     def with_tree(self, tree: DraftTree) -> Engine:
@@ -139,7 +140,7 @@ class Engine:
         if not requests:
             return []
         context = max(len(r.prompt_ids) + self._checked(r) for r in requests)
-        slots = self._take_single(context) if together == 1 else self.slots(min(together, len(requests)), context)
+        slots = self._take_kept(min(together, len(requests)), context)
         waiting = list(enumerate(requests))[::-1]
         all_of_them = {}
         while waiting or slots.running:
@@ -151,7 +152,7 @@ class Engine:
         for running in all_of_them.values():
             if running.error is not None:
                 raise running.error
-        self._single = slots if together == 1 else self._single
+        self._kept[:] = [slots]
         return [all_of_them[i].generation for i in range(len(requests))]
 
     def stream(self, request: Request) -> Iterator[Generation]:
@@ -159,7 +160,7 @@ class Engine:
 
         Raises: what `Slots.admit` raises; ModelError for logits that are not finite.
         """
-        slots = self._take_single(len(request.prompt_ids) + self._checked(request))
+        slots = self._take_kept(1, len(request.prompt_ids) + self._checked(request))
         running = slots.admit(request)
         try:
             slots.read_prompt()
@@ -172,18 +173,19 @@ class Engine:
                 raise running.error
         finally:
             slots.drop(running)
-            self._single = slots
+            self._kept[:] = [slots]
 
     def _checked(self, request: Request) -> int:
         request.sampling.check_vocabulary(self.backbone.vocab_size)
         return request.limit(self.backbone.max_length, self.backbone.vocab_size)
 
-    def _take_single(self, context: int) -> Slots:
-        """The kept slots for one request if nobody uses them and they are large enough, else new ones."""
-        slots, self._single = self._single, None
-        if slots is None or slots.context < context:
+    def _take_kept(self, count: int, context: int) -> Slots:
+        """The kept slots if nobody uses them, they are as many and there is room enough in each; else new ones."""
+        slots = self._kept.pop() if self._kept else None
+        if slots is None or slots.count != count or slots.context < context or not slots.fits(self):
             most = max(self.backbone.max_length, 1)
-            slots = self.slots(1, min(-(-context // ROUNDING) * ROUNDING, most))
+            return self.slots(count, min(-(-context // ROUNDING) * ROUNDING, most))
+        slots.use(self)
         return slots
 
     def answer(self, prompt_ids: Sequence[int], *, max_new_tokens: int, stop: Sequence[str] = ()) -> Generation:

@@ -150,9 +150,13 @@ class Slots:
         """The request whose prompt is being read."""
         return self._entering
 
+    def fits(self, engine: Engine) -> bool:
+        """Whether this engine's drafts are no larger than the cache was made for."""
+        return self.context + engine.most_nodes <= self._cache.capacity
+
     def use(self, engine: Engine) -> None:
-        """From now on steps draft as this engine does; same weights, drafts no larger than the cache was made for."""
-        assert engine.backbone is self.engine.backbone and self.context + engine.most_nodes <= self._cache.capacity
+        """From now on steps draft as this engine does, which has the same weights and `fits`."""
+        assert engine.backbone is self.engine.backbone and self.fits(engine)
         for running in self.running:
             running.choices = None  # they may be too few for the new drafters
             if engine.copies:
