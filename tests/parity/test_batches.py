@@ -20,9 +20,9 @@ SIZES = (30, 1, 9, 60, 2, 17, 88)
 LIMITS = (40, 3, 40, 25, 1, 40, 40)
 
 
-def llama(kernels, **options):
+def llama(kernels, *, own=False, **options):
     """As it was loaded, or as our kernels run it: then fillers are left out of the steps."""
-    backbone = backbone_of("llama", own=kernels, **options)
+    backbone = backbone_of("llama", own=own or kernels, **options)
     if kernels:
         backbone.run_steps("eager")
         assert backbone.packs
@@ -295,6 +295,28 @@ def test_logits_that_are_not_numbers_fail_their_own_request_alone(backbone, monk
         assert slots.free == slots.count
         with pytest.raises(ModelError, match="not finite"):
             engine.generate(asked, max_new_tokens=10, sampling=options)
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=["as loaded", "kernels"])
+def test_rows_that_are_not_numbers_do_not_reach_who_has_their_place_next(kernels):
+    """Of a short text beside a long one, attention is given rows that an earlier request has left."""
+    backbone, asked = llama(kernels, own=True), prompts((9, 2, 30))
+    expected = [reference(backbone_of("llama"), p, 20) for p in asked]
+    others = {t for text in (*asked, *expected[1:]) for t in text}
+    bad = next(t for t in expected[0][3:] if t not in others)
+    engine = oracle_engine(backbone_of("llama"), TREES["bushy"], asked, 20)
+    engine = Engine(backbone, None, engine.drafter(1))
+
+    def poison(_module, given, embedded):
+        return torch.where((given[0] == bad)[..., None], float("nan"), embedded)
+
+    slots = engine.slots(2, 90)
+    hook = backbone.model.get_input_embeddings().register_forward_hook(poison)
+    runs, _ = answers_of(slots, [Request(p, 20) for p in (asked[0], asked[0])])
+    hook.remove()
+    assert all("not finite" in str(run.error) for run in runs)
+    runs, sizes = answers_of(slots, [Request(p, 20) for p in asked[1:]])
+    assert [r.generation.token_ids for r in runs] == expected[1:] and 2 in sizes
 
 
 def test_a_request_may_fail_in_the_middle_of_its_answer(backbone, monkeypatch):

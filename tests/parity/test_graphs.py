@@ -182,6 +182,34 @@ def test_calls_that_follow_replay_what_was_captured(eager, asked, together):
     assert 0 < counts[0] < counts[1] == counts[2] == counts[3]
 
 
+@pytest.mark.parametrize("most", [None, 7])
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_failed_prompt_leaves_nothing_to_the_next(eager, asked, together, most):
+    """Captured steps are given more rows than a text has: what was there before is masked, and has to be numbers."""
+    expected = eager.answer(asked[1], max_new_tokens=12).token_ids
+    bad = next(t for t in asked[0][2:] if t not in {*asked[1], *expected})
+
+    def poison(_module, given, embedded):
+        return torch.where((given[0] == bad)[..., None], float("nan"), embedded)
+
+    engine = captured(eager)
+    slots = engine.slots(together, 512)
+    hook = engine.backbone.model.get_input_embeddings().register_forward_hook(poison)
+    try:
+        failed = slots.admit(Request([*asked[0], *asked[0]], 12))
+        while not slots.read_prompt(most):
+            pass
+        assert "not finite" in str(failed.error) and slots.free == together
+        assert most is None or failed.read < len(asked[0]), "what follows is not read"
+        running = slots.admit(Request(asked[1], 12))
+        slots.read_prompt()
+        while slots.running:
+            slots.step()
+    finally:
+        hook.remove()
+    assert running.error is None and running.generation.token_ids == expected
+
+
 def test_new_buffers_are_captured_anew(eager, asked):
     recorder = Recorder()
     engine = captured(eager, recorder)

@@ -1,7 +1,8 @@
 """Slots: several requests decoded together, each with its own length, tree and acceptance, joining and leaving at will.
 
-One request is a batch of one, so `Engine.generate` and a server run the same loop. Decoding sequences fill the cache's
-first places without gaps; a prompt is read into a cache of its own, part by part, and joins when it is complete.
+One request is a batch of one, so `Engine.generate` and a server run the same loop. In a step decoding sequences fill
+the cache's first places without gaps; a prompt is read into a cache of its own, part by part, and joins when it is
+complete.
 Shapes: B decoding sequences, N nodes.
 """
 
@@ -132,8 +133,12 @@ class Slots:
         self._entry = self._cache if count == 1 else TreeCache(layers, 1, capacity)
         self._prefixes = Prefixes(count + 1) if reuse else None
         self._inputs = Inputs(engine.backbone.device)
-        self._decoding: list[Running] = []
+        self._places: list[Running | None] = []  # who decodes, by place in the cache; the last one is somebody
         self._entering: Running | None = None
+
+    @property
+    def _decoding(self) -> list[Running]:
+        return [running for running in self._places if running is not None]
 
     @property
     def running(self) -> list[Running]:
@@ -180,7 +185,7 @@ class Slots:
             if place != self._entry_place and length:
                 self._entry.copy_sequence(self._cache, place, 0, length)
             running.read = running.generation.reused_tokens = length
-            self._prefixes.hold(self._entry_place, request.prompt_ids[:length])
+            self._hold(self._entry_place, request.prompt_ids[:length])
         return running
 
     @property
@@ -190,7 +195,7 @@ class Slots:
     def read_prompt(self, most: int | None = None) -> bool:
         """Reads the next `most` tokens of the entering prompt; at its end the first token is decided.
 
-        Returns: whether the prompt is complete.
+        Returns: whether the prompt is complete, or has failed.
         """
         running = self._entering
         assert running is not None
@@ -201,25 +206,27 @@ class Slots:
         stepper = self.engine.stepper(len(self._decoding) + 1)  # the next step's, if nobody else comes or goes
         hidden_11H, decided = stepper.prompt(self._entry, prompt[running.read : end], running.read, choose)
         running.read = end
-        if self._prefixes is not None:
-            self._prefixes.hold(self._entry_place, prompt[:end])
-        if end < len(prompt):
+        self._hold(self._entry_place, prompt[:end])
+        if end < len(prompt) and decided.finite:
             return False
         self._entering = None
-        running.length = len(prompt)
+        running.length = end
         if running.error is None:
             self._take(running, decided, root, hidden_11H[0], first=True)
-        if not running.done:
+        if running.error is not None:
+            self._clear(self._entry, 0, self._entry_place)
+        elif not running.done:
+            place = self._places.index(None) if None in self._places else len(self._places)
             if self._entry is not self._cache:
-                self._cache.copy_sequence(self._entry, 0, len(self._decoding), running.length)
-                if self._prefixes is not None:
-                    self._prefixes.hold(len(self._decoding), prompt)
-            self._decoding.append(running)
+                self._cache.copy_sequence(self._entry, 0, place, running.length)
+                self._hold(place, prompt)
+            self._places[place : place + 1] = [running]
         return True
 
     def step(self) -> list[Running]:
         """One step for every decoding request; finished and failed ones leave. Returns those that took part."""
-        batch = list(self._decoding)
+        self._close_gaps()
+        batch = self._decoding
         if not batch:
             return []
         engine = self.engine
@@ -306,20 +313,43 @@ class Slots:
         return chosen
 
     def drop(self, running: Running) -> None:
-        """Frees a request's slot, whatever its state; the last sequence moves into the gap."""
+        """Frees a request's slot, whatever its state. Its place is a gap until a prompt or the next step fills it."""
         if running is self._entering:
             self._entering = None
-        if running not in self._decoding:
+        if running not in self._places:
             return
-        place, last = self._decoding.index(running), len(self._decoding) - 1
-        moved = self._decoding.pop()
+        place = self._places.index(running)
+        self._places[place] = None
+        self._strip()
+        if running.error is not None:
+            self._clear(self._cache, place, place)
+        else:
+            self._hold(place, [*running.request.prompt_ids, *running.generation.token_ids][: running.length])
+
+    def _hold(self, place: int, tokens: Sequence[int]) -> None:
         if self._prefixes is not None:
-            self._prefixes.hold(place, [*running.request.prompt_ids, *running.generation.token_ids][: running.length])
-        if place != last:
+            self._prefixes.hold(place, tokens)
+
+    def _clear(self, cache: TreeCache, sequence: int, place: int) -> None:
+        """What a failed request leaves may be no numbers, which no mask keeps from whoever is given those rows."""
+        cache.clear_sequence(sequence)
+        self._hold(place, ())
+
+    def _close_gaps(self) -> None:
+        """The last sequences move into the places of those that have left."""
+        while None in self._places:
+            place, last = self._places.index(None), len(self._places) - 1
+            moved = self._places.pop()
+            assert moved is not None
             self._cache.copy_sequence(self._cache, last, place, moved.length)
-            self._decoding[place] = moved
+            self._places[place] = moved
+            self._strip()
             if self._prefixes is not None:
                 self._prefixes.move(last, place)
+
+    def _strip(self) -> None:
+        while self._places and self._places[-1] is None:
+            self._places.pop()
 
 
 assert FILLER != NOT_CHOSEN

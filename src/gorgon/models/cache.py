@@ -128,6 +128,12 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             for to, from_ in zip(mine, theirs, strict=True):
                 to[target, :, :length] = from_[origin, :, :length]
 
+    @torch.inference_mode()
+    def clear_sequence(self, sequence: int) -> None:
+        """Makes all rows of a sequence zeros, as they were at first."""
+        for buffer in (*self.keys, *self.values):
+            buffer[sequence].zero_()
+
     @property
     def buffers(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Keys and values of all layers: what a step function is given."""
