@@ -319,6 +319,44 @@ def test_rows_that_are_not_numbers_do_not_reach_who_has_their_place_next(kernels
     assert [r.generation.token_ids for r in runs] == expected[1:] and 2 in sizes
 
 
+class Spoiling(Oracle):
+    """Every draft has a token more, of which the model makes no numbers."""
+
+    bad = VOCAB - 1
+
+    def __init__(self, tree, answers):
+        super().__init__(tree, answers)
+        self.nodes = tree.nodes + 1
+
+    def draft(self, root, choices, context):
+        draft = super().draft(root, choices, context)
+        draft.add(self.bad, 0)
+        return draft
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=["as loaded", "kernels"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, repetition_penalty=1.2, seed=3)])
+def test_no_draft_makes_an_answer_fail(kernels, sampling):
+    backbone, asked = llama(kernels, own=True, eos=VOCAB), prompts((9, 2, 30))
+    asked = [[p % Spoiling.bad for p in prompt] for prompt in asked]
+    plain = Engine(backbone, None, PLAIN)
+    expected = [g.token_ids for g in plain.generate(asked, max_new_tokens=20, sampling=sampling)]
+    wrong = [at for at, answer in enumerate(expected) if Spoiling.bad in answer[:-1]]
+
+    def poison(_module, given, embedded):
+        return torch.where((given[0] == Spoiling.bad)[..., None], float("nan"), embedded)
+
+    backbone.model.get_input_embeddings().register_forward_hook(poison)
+    for together in (1, 3):
+        slots = Engine(backbone, None, Spoiling(TREES["bushy"], list(zip(asked, expected, strict=True)))).slots(3, 80)
+        runs, _ = answers_of(slots, [Request(p, 20, sampling=sampling) for p in asked][:together])
+        for at, run in enumerate(runs):
+            assert ("not finite" in str(run.error)) == (at in wrong), "where plain decoding fails, too"
+            written = run.generation.token_ids
+            assert written == expected[at][: len(written)] and (len(written) == 20) == (at not in wrong)
+        assert len(wrong) < len(expected)
+
+
 def test_a_request_may_fail_in_the_middle_of_its_answer(backbone, monkeypatch):
     asked = prompts((9, 30))
     expected = reference(backbone, asked[0], 20)

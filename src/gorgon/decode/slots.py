@@ -45,6 +45,7 @@ class Running:
         self.length = 0  # committed cache rows; the root's row comes with the next step
         self.choices: HeadChoices | None = None
         self.draft: Draft | None = None  # what the last step verified
+        self.again = False  # the last step failed, perhaps for its drafts: it is made again without any
         self.context = NgramIndex(request.prompt_ids) if engine.copies else None
         self.history = History(request.prompt_ids) if request.sampling.needs_history else None
         self.grammar = None if request.grammar is None else request.grammar.copy()
@@ -91,7 +92,7 @@ class Running:
             generation.step_tokens.append(len(new))
             generation.step_nodes.append(decided.node)
             self.length += len(decided.tokens)
-        self.choices = decided.heads
+        self.choices, self.again = decided.heads, False
         if self.context is not None:
             self.context.extend(new)
         if self.history is not None:
@@ -231,7 +232,7 @@ class Slots:
             return []
         engine = self.engine
         drafter, stepper = engine.drafter(len(batch)), engine.stepper(len(batch))
-        drafts = [drafter.draft(r.root, r.choices, r.context) for r in batch]
+        drafts = [Draft(r.root) if r.again else drafter.draft(r.root, r.choices, r.context) for r in batch]
         for running, draft in zip(batch, drafts, strict=True):
             running.draft = draft
         filled = engine.filled(max(d.nodes for d in drafts), drafter.nodes)
@@ -243,12 +244,24 @@ class Slots:
         choose = None if self._all_greedy(batch) else partial(self._choices, batch, drafts)
         hidden_BNH, settled = stepper.step(self._cache, tensors, lengths_B, visible, choose)
         for b, (running, decided) in enumerate(zip(batch, settled, strict=True)):
-            if running.error is None:
+            if drafts[b].nodes > 1 and not decided.finite:
+                self._repeat(running, b)
+            elif running.error is None:
                 self._take(running, decided, drafts[b], hidden_BNH[b])
         for running in batch:
             if running.done:
                 self.drop(running)
         return batch
+
+    def _repeat(self, running: Running, place: int) -> None:
+        """Has the step made again without drafts: one whose keys or values are not finite spoils all of its tree where
+        attention is masked, and no draft may make an answer fail."""
+        running.error, running.again = None, True
+        self._cache.clear_sequence(place, running.length)
+        if running.request.grammar is not None:  # the walk may have led it on
+            running.grammar = running.request.grammar.copy()
+            for token in running.generation.token_ids:
+                running.grammar.advance(token)
 
     def _take(
         self, running: Running, decided: Decided, draft: Draft, hidden_NH: torch.Tensor, *, first: bool = False

@@ -129,10 +129,10 @@ class TreeCache(Cache):  # type: ignore[misc]  # transformers is untyped here
                 to[target, :, :length] = from_[origin, :, :length]
 
     @torch.inference_mode()
-    def clear_sequence(self, sequence: int) -> None:
-        """Makes all rows of a sequence zeros, as they were at first."""
+    def clear_sequence(self, sequence: int, start: int = 0) -> None:
+        """Makes a sequence's rows from `start` on zeros, as they were at first."""
         for buffer in (*self.keys, *self.values):
-            buffer[sequence].zero_()
+            buffer[sequence, :, start:].zero_()
 
     @property
     def buffers(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
