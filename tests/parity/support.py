@@ -1,6 +1,7 @@
 """What the parity tests share: tiny random models of many families, a drafter that knows the answers, and a stand-in
 for CUDA graphs."""
 
+import contextlib
 import copy
 import functools
 import random
@@ -129,6 +130,20 @@ def reference(backbone, prompt, limit, **options):
 def prompts(sizes=(1, 2, 9, 30), seed=7):
     rng = random.Random(seed)
     return [[rng.randrange(2, VOCAB) for _ in range(size)] for size in sizes]
+
+
+@contextlib.contextmanager
+def no_numbers_of(backbone, token):
+    """Meanwhile the model makes NaN of a token, and of what follows it."""
+
+    def poison(_module, given, embedded):
+        return torch.where((given[0] == token)[..., None], float("nan"), embedded)
+
+    hook = backbone.model.get_input_embeddings().register_forward_hook(poison)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class Oracle:

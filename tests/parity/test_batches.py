@@ -14,7 +14,17 @@ from gorgon.decode.request import Request
 from gorgon.errors import ModelError
 from gorgon.models.cache import TreeCache
 from gorgon.models.toolchain import cpp_compiler
-from tests.parity.support import CONTEXT, TREES, VOCAB, Oracle, backbone_of, oracle_engine, prompts, reference
+from tests.parity.support import (
+    CONTEXT,
+    TREES,
+    VOCAB,
+    Oracle,
+    backbone_of,
+    no_numbers_of,
+    oracle_engine,
+    prompts,
+    reference,
+)
 
 SIZES = (30, 1, 9, 60, 2, 17, 88)
 LIMITS = (40, 3, 40, 25, 1, 40, 40)
@@ -304,16 +314,10 @@ def test_rows_that_are_not_numbers_do_not_reach_who_has_their_place_next(kernels
     expected = [reference(backbone_of("llama"), p, 20) for p in asked]
     others = {t for text in (*asked, *expected[1:]) for t in text}
     bad = next(t for t in expected[0][3:] if t not in others)
-    engine = oracle_engine(backbone_of("llama"), TREES["bushy"], asked, 20)
-    engine = Engine(backbone, None, engine.drafter(1))
-
-    def poison(_module, given, embedded):
-        return torch.where((given[0] == bad)[..., None], float("nan"), embedded)
-
+    engine = Engine(backbone, None, Oracle(TREES["bushy"], list(zip(asked, expected, strict=True))))
     slots = engine.slots(2, 90)
-    hook = backbone.model.get_input_embeddings().register_forward_hook(poison)
-    runs, _ = answers_of(slots, [Request(p, 20) for p in (asked[0], asked[0])])
-    hook.remove()
+    with no_numbers_of(backbone, bad):
+        runs, _ = answers_of(slots, [Request(p, 20) for p in (asked[0], asked[0])])
     assert all("not finite" in str(run.error) for run in runs)
     runs, sizes = answers_of(slots, [Request(p, 20) for p in asked[1:]])
     assert [r.generation.token_ids for r in runs] == expected[1:] and 2 in sizes
@@ -342,14 +346,10 @@ def test_no_draft_makes_an_answer_fail(kernels, sampling):
     plain = Engine(backbone, None, PLAIN)
     expected = [g.token_ids for g in plain.generate(asked, max_new_tokens=20, sampling=sampling)]
     wrong = [at for at, answer in enumerate(expected) if Spoiling.bad in answer[:-1]]
-
-    def poison(_module, given, embedded):
-        return torch.where((given[0] == Spoiling.bad)[..., None], float("nan"), embedded)
-
-    backbone.model.get_input_embeddings().register_forward_hook(poison)
+    engine = Engine(backbone, None, Spoiling(TREES["bushy"], list(zip(asked, expected, strict=True))))
     for together in (1, 3):
-        slots = Engine(backbone, None, Spoiling(TREES["bushy"], list(zip(asked, expected, strict=True)))).slots(3, 80)
-        runs, _ = answers_of(slots, [Request(p, 20, sampling=sampling) for p in asked][:together])
+        with no_numbers_of(backbone, Spoiling.bad):
+            runs, _ = answers_of(engine.slots(3, 80), [Request(p, 20, sampling=sampling) for p in asked][:together])
         for at, run in enumerate(runs):
             assert ("not finite" in str(run.error)) == (at in wrong), "where plain decoding fails, too"
             written = run.generation.token_ids

@@ -22,7 +22,7 @@ from gorgon.errors import MissingDependencyError
 from gorgon.models.backbone import Backbone, load_backbone
 from gorgon.models.compiler import pick_mode
 from gorgon.models.graphs import Graphs
-from tests.parity.support import TREES, Oracle, Recorder, backbone_of, prompts
+from tests.parity.support import TREES, Oracle, Recorder, backbone_of, no_numbers_of, prompts
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: CUDA graphs are not run")
@@ -188,14 +188,9 @@ def test_a_failed_prompt_leaves_nothing_to_the_next(eager, asked, together, most
     """Captured steps are given more rows than a text has: what was there before is masked, and has to be numbers."""
     expected = eager.answer(asked[1], max_new_tokens=12).token_ids
     bad = next(t for t in asked[0][2:] if t not in {*asked[1], *expected})
-
-    def poison(_module, given, embedded):
-        return torch.where((given[0] == bad)[..., None], float("nan"), embedded)
-
     engine = captured(eager)
     slots = engine.slots(together, 512)
-    hook = engine.backbone.model.get_input_embeddings().register_forward_hook(poison)
-    try:
+    with no_numbers_of(engine.backbone, bad):
         failed = slots.admit(Request([*asked[0], *asked[0]], 12))
         while not slots.read_prompt(most):
             pass
@@ -205,8 +200,6 @@ def test_a_failed_prompt_leaves_nothing_to_the_next(eager, asked, together, most
         slots.read_prompt()
         while slots.running:
             slots.step()
-    finally:
-        hook.remove()
     assert running.error is None and running.generation.token_ids == expected
 
 

@@ -134,7 +134,7 @@ class Slots:
         self._entry = self._cache if count == 1 else TreeCache(layers, 1, capacity)
         self._prefixes = Prefixes(count + 1) if reuse else None
         self._inputs = Inputs(engine.backbone.device)
-        self._places: list[Running | None] = []  # who decodes, by place in the cache; the last one is somebody
+        self._places: list[Running | None] = [None] * count  # who decodes, by place in the cache
         self._entering: Running | None = None
 
     @property
@@ -186,7 +186,7 @@ class Slots:
             if place != self._entry_place and length:
                 self._entry.copy_sequence(self._cache, place, 0, length)
             running.read = running.generation.reused_tokens = length
-            self._hold(self._entry_place, request.prompt_ids[:length])
+            self._prefixes.hold(self._entry_place, request.prompt_ids[:length])
         return running
 
     @property
@@ -217,11 +217,11 @@ class Slots:
         if running.error is not None:
             self._clear(self._entry, 0, self._entry_place)
         elif not running.done:
-            place = self._places.index(None) if None in self._places else len(self._places)
+            place = self._places.index(None)
             if self._entry is not self._cache:
                 self._cache.copy_sequence(self._entry, 0, place, running.length)
                 self._hold(place, prompt)
-            self._places[place : place + 1] = [running]
+            self._places[place] = running
         return True
 
     def step(self) -> list[Running]:
@@ -333,7 +333,6 @@ class Slots:
             return
         place = self._places.index(running)
         self._places[place] = None
-        self._strip()
         if running.error is not None:
             self._clear(self._cache, place, place)
         else:
@@ -349,20 +348,16 @@ class Slots:
         self._hold(place, ())
 
     def _close_gaps(self) -> None:
-        """The last sequences move into the places of those that have left."""
-        while None in self._places:
-            place, last = self._places.index(None), len(self._places) - 1
-            moved = self._places.pop()
-            assert moved is not None
-            self._cache.copy_sequence(self._cache, last, place, moved.length)
-            self._places[place] = moved
-            self._strip()
+        """Sequences behind the first places move into those that others have left."""
+        for place in range(len(self._decoding), self.count):
+            moved = self._places[place]
+            if moved is None:
+                continue
+            gap = self._places.index(None)
+            self._cache.copy_sequence(self._cache, place, gap, moved.length)
+            self._places[gap], self._places[place] = moved, None
             if self._prefixes is not None:
-                self._prefixes.move(last, place)
-
-    def _strip(self) -> None:
-        while self._places and self._places[-1] is None:
-            self._places.pop()
+                self._prefixes.move(place, gap)
 
 
 assert FILLER != NOT_CHOSEN
